@@ -1,0 +1,201 @@
+"""`photogram doctor`: what this machine has, whether `photogram serve` with the same flags could start, what fits.
+
+Asks torch in a process of its own, so that a broken installation is a row of the report and not a crash.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from .. import __version__
+from ..core.config import ServeConfig
+from .flags import FlagParser
+from .keys import with_keys
+
+PROBE_TIMEOUT_S = 120
+SCARCE_DISK_BYTES = 2_000_000_000
+
+KNOWN_MODELS: tuple[tuple[str, float], ...] = (
+    ("Stable Diffusion 1.5", 0.860 + 0.123 + 0.084),
+    ("Stable Diffusion XL", 2.567 + 0.123 + 0.695 + 0.084),
+    ("Stable Diffusion 3 medium", 2.028 + 0.123 + 0.695 + 4.762 + 0.084),
+    ("LTX-Video 2B", 1.923 + 4.762 + 0.419),
+    ("Wan 2.1 1.3B", 1.419 + 5.681 + 0.127),
+    ("FLUX.2 klein 4B", 3.876 + 4.022 + 0.084),
+    ("Z-Image", 6.155 + 4.022 + 0.084),
+    ("Wan 2.2 TI2V 5B", 5.000 + 5.681 + 0.705),
+    ("FLUX.1", 11.901 + 0.123 + 4.762 + 0.084),
+    ("Wan 2.1 14B", 14.288 + 5.681 + 0.127),
+    ("Qwen-Image", 20.430 + 8.292 + 0.127),
+)
+"""Billions of parameters: denoiser, text encoders, VAE, each counted from its configuration."""
+
+
+class DeviceReport(msgspec.Struct, frozen=True):
+    """What `device_probe` prints."""
+
+    torch: str
+    diffusers: str
+    transformers: str
+    cuda: str | None
+    device: str
+    device_name: str | None
+    memory: tuple[int, int] | None
+    problem: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of the report. `good` False makes the exit code 1; None is only worth knowing."""
+
+    good: bool | None
+    subject: str
+    finding: str
+
+    def __str__(self) -> str:
+        mark = {True: "ok", False: "PROBLEM", None: "note"}[self.good]
+        return f"  {mark:8} {self.subject:12} {self.finding}"
+
+
+def doctor(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
+    """Print the report and return 1 when something in it would keep the server from starting."""
+    parser = FlagParser(
+        prog="photogram doctor",
+        usage="photogram doctor [flags of photogram serve]",
+        description="Say what this machine has, whether the server could start with these flags, and what fits.",
+    )
+    parser.add_serve_flags()
+    config = with_keys(parser.config(parser.read(arguments)), environ)
+
+    report, problem = _ask_torch(config.device)
+    rows = [_python(), *_torch(report, problem), _memory(), _disk(config), _data_folder(config), _port(config)]
+    print(f"photogram {__version__} on {platform.system()} {platform.machine()}\n")
+    for row in rows:
+        print(row)
+    print()
+    print(_what_fits(report))
+    return 1 if any(row.good is False for row in rows) else 0
+
+
+def _ask_torch(device: str) -> tuple[DeviceReport | None, str]:
+    """Return the probe's report, or None and the reason why there is none."""
+    command = [sys.executable, "-m", "photogram.cli.device_probe", device]
+    try:
+        probe = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        return None, f"importing torch took more than {PROBE_TIMEOUT_S} seconds"
+    try:
+        return msgspec.json.decode(probe.stdout, type=DeviceReport), ""
+    except msgspec.MsgspecError:
+        lines = probe.stderr.strip().splitlines()
+        return None, lines[-1] if lines else f"the probe ended with exit code {probe.returncode}"
+
+
+def _python() -> Row:
+    good = (3, 11) <= sys.version_info[:2] <= (3, 13)
+    return Row(good, "python", f"{platform.python_version()}{'' if good else ' (3.11 to 3.13 are supported)'}")
+
+
+def _torch(report: DeviceReport | None, problem: str) -> list[Row]:
+    if report is None:
+        return [Row(False, "torch", f"cannot be used: {problem}")]
+    cuda = f", CUDA {report.cuda}" if report.cuda else ", CPU only"
+    device = Row(True, "device", f"cpu, {_cores()} cores")
+    if report.problem is not None:
+        device = Row(False, "device", report.problem)
+    elif report.memory is not None:
+        free, total = report.memory
+        device = Row(True, "device", f"{report.device}, {report.device_name}, {_gb(free)} of {_gb(total)} free")
+    return [
+        Row(True, "torch", f"{report.torch}{cuda}"),
+        Row(True, "diffusers", report.diffusers),
+        Row(True, "transformers", report.transformers),
+        device,
+    ]
+
+
+def _memory() -> Row:
+    return Row(None, "memory", f"{_gb(available_memory_bytes())} available")
+
+
+def _disk(config: ServeConfig) -> Row:
+    free = shutil.disk_usage(_nearest_folder(config.data_path)).free
+    enough = free >= SCARCE_DISK_BYTES
+    return Row(None if enough else False, "disk", f"{_gb(free)} free for {config.data_path}")
+
+
+def _data_folder(config: ServeConfig) -> Row:
+    folder = _nearest_folder(config.data_path)
+    state = "can be written" if folder == config.data_path else f"will be made in {folder}"
+    in_the_way = next((path for path in (config.data_path, *config.data_path.parents) if path.exists()), folder)
+    if not in_the_way.is_dir():
+        return Row(False, "data folder", f"{config.data_path} cannot be made: {in_the_way} is a file")
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return Row(True, "data folder", f"{config.data_path} {state}")
+    except OSError as error:
+        return Row(False, "data folder", f"{config.data_path} cannot be written: {error.strerror}")
+
+
+def _port(config: ServeConfig) -> Row:
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+    except OSError as error:
+        return Row(False, "port", f"{config.host}:{config.port} cannot be listened on: {error.strerror}")
+    return Row(True, "port", f"{config.host}:{config.port} is free")
+
+
+def _what_fits(report: DeviceReport | None) -> str:
+    on_gpu = report is not None and report.memory is not None
+    memory = report.memory[0] if report is not None and report.memory is not None else available_memory_bytes()
+    place = f"the GPU's {_gb(memory)}" if on_gpu else f"{_gb(memory)} of memory"
+    lines = [f"Weights in bf16 against {place} (activations come on top; all of a model is loaded at once):"]
+    for name, billions in KNOWN_MODELS:
+        lines.append(f"  {name:28}{_gb(int(billions * 2e9)):>10}  {verdict(int(billions * 2e9), memory)}")
+    return "\n".join(lines)
+
+
+def verdict(weights_bytes: int, memory_bytes: int) -> str:
+    """Return ``fits``, ``tight`` (over four fifths of the memory) or ``too big``."""
+    if weights_bytes > memory_bytes:
+        return "too big"
+    return "fits" if weights_bytes <= 0.8 * memory_bytes else "tight"
+
+
+def available_memory_bytes() -> int:
+    """Return the memory that this process may still take: the machine's, or less where a container sets a limit."""
+    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        sizes = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+        available = int(sizes["MemAvailable"].split()[0]) * 1024
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and used.exists() and limit.read_text().strip().isdigit():
+        available = min(available, max(int(limit.read_text()) - int(used.read_text()), 0))
+    return available
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+def _nearest_folder(path: Path) -> Path:
+    return next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
+
+
+def _gb(size_bytes: int) -> str:
+    return f"{size_bytes / 1e9:.1f} GB"

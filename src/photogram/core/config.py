@@ -1,0 +1,185 @@
+"""Every setting: its type, default and one line of help with its unit. The command line and the docs are read off it.
+
+Parsed once, checked in `__post_init__` with the flag's name, never changed afterwards.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import ipaddress
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from .errors import ConfigError
+
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+StepCache = Literal["none", "first-block"]
+LogLevel = Literal["debug", "info", "warning", "error"]
+
+DEMO_IMAGE = "demo-image"
+
+
+class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """What a worker needs to load its model and run jobs."""
+
+    model_path: str
+    served_model_name: str | None
+    revision: str | None
+    variant: str | None
+    device: str
+    precision: Precision
+    max_batch_size: int
+    max_live_jobs: int
+    prompt_cache_bytes: int
+    step_cache: StepCache
+    step_cache_threshold: float
+    deterministic: bool
+    warmup: bool
+    memory_limit_bytes: int | None
+    frames_dir: str
+    log_level: LogLevel
+
+
+def setting(default: Any, help: str) -> Any:
+    """A field with its one-line help. `default` may be a list or a zero-argument callable for a computed one."""
+    if isinstance(default, tuple) and not default:
+        return field(default=(), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeConfig:
+    """Settings of `photogram serve`; a field `max_queue` is the flag `--max-queue`."""
+
+    # --- model
+    model_path: str = setting(DEMO_IMAGE, "folder, hub id, or a built-in model")
+    served_model_name: str | None = setting(None, "name that clients use; default: the hub id or folder name")
+    revision: str | None = setting(None, "hub branch, tag or commit")
+    variant: str | None = setting(None, "weights variant, such as fp16")
+    device: str = setting("auto", "auto, cpu, cuda or cuda:N")
+    precision: Precision = setting("auto", "weights and arithmetic: auto, fp32, bf16 or fp16")
+    warmup: bool = setting(True, "run one short generation before reporting ready")
+    # --- network
+    host: str = setting("127.0.0.1", "address to listen on")
+    port: int = setting(30000, "port to listen on")
+    public_url: str | None = setting(None, "prefix that makes image URLs absolute")
+    api_key: tuple[str, ...] = setting((), "key that clients must send; may be repeated")
+    api_key_file: str | None = setting(None, "file with one key a line")
+    admin_api_key: str | None = setting(None, "key for administrative routes")
+    # --- limits
+    max_batch_size: int = setting(8, "calls run as one forward pass, at most")
+    max_live_jobs: int = setting(32, "jobs started and not finished, at most")
+    max_queue: int = setting(1000, "jobs waiting or running, at most; beyond it 429")
+    max_pixels: int = setting(4096 * 4096, "width times height of a picture, at most")
+    max_video_pixels: int = setting(1920 * 1088, "width times height of a clip, at most")
+    max_steps: int = setting(200, "denoising steps, at most")
+    max_upload_mb: int = setting(50, "size of one upload, MB")
+    request_timeout_s: float = setting(3600.0, "seconds a job may take from acceptance to pixels")
+    hang_timeout_s: float = setting(600.0, "seconds one call may take before the worker is replaced")
+    worker_memory_gb: float | None = setting(None, "memory of the CPU worker's process, GB, at most")
+    # --- results
+    data_dir: str = setting("~/.local/share/photogram", "folder for the job store and finished files")
+    keep: str = setting("7d,20GB", "how long and how much finished work is kept: age, size or both")
+    metadata: bool = setting(True, "write prompt, seed, steps and model into files")
+    # --- sampling
+    deterministic: bool = setting(False, "run every job's calls alone: same bytes at any load")
+    prompt_cache_mb: int = setting(512, "memory for encoded prompts, MB; 0 turns it off")
+    step_cache: StepCache = setting("none", "skip denoiser work between similar steps (lossy): none or first-block")
+    step_cache_threshold: float = setting(0.05, "relative change under which a step is skipped")
+    strict_model: bool = setting(False, "answer 404 for any model name but the served one")
+    log_level: LogLevel = setting("info", "debug, info, warning or error")
+
+    def __post_init__(self) -> None:
+        for name in ("max_batch_size", "max_live_jobs", "max_queue", "max_steps", "max_upload_mb", "max_pixels"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1.")
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"--port {self.port}: must be between 0 and 65535.")
+        for name in ("request_timeout_s", "hang_timeout_s"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be above 0.")
+        if self.prompt_cache_mb < 0:
+            raise ConfigError(f"--prompt-cache-mb {self.prompt_cache_mb}: must not be negative.")
+        if self.worker_memory_gb is not None and not self.worker_memory_gb > 0:
+            raise ConfigError(f"--worker-memory-gb {self.worker_memory_gb}: must be above 0.")
+        if not 0 <= self.step_cache_threshold <= 1:
+            raise ConfigError(f"--step-cache-threshold {self.step_cache_threshold}: must be between 0 and 1.")
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
+            raise ConfigError(f"--device '{self.device}': must be auto, cpu, cuda or cuda:N.")
+        if self.public_url is not None and not re.match(r"https?://[^/]", self.public_url):
+            raise ConfigError(f"--public-url '{self.public_url}': must start with http:// or https://.")
+        parse_keep(self.keep)
+
+    @property
+    def data_path(self) -> Path:
+        return Path(self.data_dir).expanduser()
+
+    @property
+    def listens_on_loopback(self) -> bool:
+        if self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
+    def worker(self, frames_dir: Path) -> WorkerConfig:
+        """Return the worker's share of the settings."""
+        limit_gb = self.worker_memory_gb
+        return WorkerConfig(
+            model_path=self.model_path,
+            served_model_name=self.served_model_name,
+            revision=self.revision,
+            variant=self.variant,
+            device=self.device,
+            precision=self.precision,
+            max_batch_size=1 if self.deterministic else self.max_batch_size,
+            max_live_jobs=self.max_live_jobs,
+            prompt_cache_bytes=self.prompt_cache_mb * 1_000_000,
+            step_cache=self.step_cache,
+            step_cache_threshold=self.step_cache_threshold,
+            deterministic=self.deterministic,
+            warmup=self.warmup,
+            memory_limit_bytes=None if limit_gb is None else int(limit_gb * 1e9),
+            frames_dir=str(frames_dir),
+            log_level=self.log_level,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Keep:
+    """How much finished work is kept; None is no bound."""
+
+    age_s: float | None
+    size_bytes: int | None
+
+
+_SECONDS = {"m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
+_BYTES = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+
+
+def parse_keep(text: str) -> Keep:
+    """Parse ``7d,20GB``, ``12h``, ``500MB`` or ``forever``. Raises ConfigError for anything else."""
+    age_s: float | None = None
+    size_bytes: int | None = None
+    if text == "forever":
+        return Keep(age_s=None, size_bytes=None)
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", part)
+        unit = match.group(2) if match else ""
+        if match and unit in _SECONDS and age_s is None:
+            age_s = float(match.group(1)) * _SECONDS[unit]
+        elif match and unit in _BYTES and size_bytes is None:
+            size_bytes = int(float(match.group(1)) * _BYTES[unit])
+        else:
+            raise ConfigError(f"--keep '{text}': expected an age (12h, 7d), a size (20GB) or both as '7d,20GB'.")
+    return Keep(age_s=age_s, size_bytes=size_bytes)
+
+
+def settings() -> tuple[dataclasses.Field[Any], ...]:
+    """Every setting of `photogram serve`, in the order of the docs."""
+    return dataclasses.fields(ServeConfig)

@@ -1,0 +1,57 @@
+"""What one job is asked to make, every default resolved.
+
+A `GenerateRequest` is made in `server/resolve` and nowhere else; the worker takes it as it stands.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+Task = Literal["T2I", "I2I", "TI2I", "T2V", "I2V", "TI2V"]
+ImageFormat = Literal["png", "jpeg", "webp"]
+JSONValue = Any
+"""Any JSON value; msgspec has no recursive type for it."""
+
+
+class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One picture or one clip to make: the unit that is queued, scheduled, cancelled and retried.
+
+    `width` and `height` are pixels as drawn by the model (a multiple of the card's `size_multiple`); what is
+    delivered is `OutputSpec`'s affair. `images` are paths of pictures that the host has checked and written
+    itself, in the order of the request. `extra` holds further keyword arguments of the pipeline's call, already
+    checked against the card's `parameters`.
+    """
+
+    job_id: str
+    owner: str
+    task: Task
+    prompt: str
+    negative_prompt: str | None = None
+    width: int
+    height: int
+    num_frames: int | None = None
+    fps: int | None = None
+    num_inference_steps: int
+    guidance_scale: float | None = None
+    seed: int
+    images: tuple[str, ...] = ()
+    extra: dict[str, JSONValue] = {}
+    partial_images: int = 0
+    deterministic: bool = False
+    priority: int = 0
+    timeout_s: float | None = None
+
+
+class OutputSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The file to deliver. `compression` is 0 (smallest) to 100 (best); PNG ignores it.
+
+    Where `width` and `height` differ from the drawn size, the drawing is enlarged (Lanczos) until it covers them
+    and cropped evenly.
+    """
+
+    width: int
+    height: int
+    format: ImageFormat | Literal["mp4"]
+    compression: int

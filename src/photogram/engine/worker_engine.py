@@ -1,0 +1,272 @@
+"""The real engine: one worker process, replaced when it dies, hangs or loses its device.
+
+The host keeps every job it has handed over until the last event: when a worker ends, the jobs go to its successor.
+A job whose own call was running at that moment is tried once more; one that was merely waiting is not to blame.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..core.card import ModelCard
+from ..core.config import ServeConfig
+from ..core.errors import ConfigError, EngineLost
+from ..core.messages import (
+    Began,
+    Cancel,
+    Failed,
+    Fatal,
+    Finished,
+    Load,
+    LoadFailed,
+    Loading,
+    Preview,
+    Progress,
+    Ready,
+    Shutdown,
+    Submit,
+    ToHost,
+)
+from ..core.request import GenerateRequest
+from . import EngineStatus, Listener
+from .worker_process import WorkerProcess
+
+logger = logging.getLogger(__name__)
+
+MAX_TRIES = 2  # of a job whose own call was running when its worker ended
+MAX_INTERRUPTIONS = 5  # of a job that was waiting then
+MAX_FAILED_STARTS = 3  # in a row, before the model counts as unservable
+RESTART_PAUSE_S = 1.0
+SHORTEST_PATIENCE_S = 60.0
+PATIENCE_FACTOR = 30.0  # silence, in units of what a pass was expected to take
+
+
+@dataclass(slots=True)
+class _Job:
+    request: GenerateRequest
+    listener: Listener
+    tries: int = 0
+    interruptions: int = 0
+
+
+@dataclass(slots=True)
+class _Silence:
+    """How long the worker may say nothing."""
+
+    since: float = field(default_factory=time.monotonic)
+    patience_s: float = 0.0
+
+
+class WorkerEngine:
+    """Implements `Engine` with a worker process."""
+
+    def __init__(self, config: ServeConfig, frames_dir: Path) -> None:
+        self._config = config
+        self._frames_dir = frames_dir
+        self._card: ModelCard | None = None
+        self._status = EngineStatus(state="starting", detail="The worker is starting.")
+        self._jobs: dict[str, _Job] = {}
+        self._running: frozenset[str] = frozenset()  # jobs of the pass in progress
+        self._silence = _Silence(patience_s=config.hang_timeout_s)
+        self._worker: WorkerProcess | None = None
+        self._ready = asyncio.Event()
+        self._first_ready: asyncio.Future[ModelCard] | None = None
+        self._supervision: asyncio.Task[None] | None = None
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._stopping = False
+        self._num_restarts = 0
+
+    # --- Engine
+
+    @property
+    def card(self) -> ModelCard | None:
+        return self._card
+
+    @property
+    def status(self) -> EngineStatus:
+        return self._status
+
+    @property
+    def worker_pid(self) -> int | None:
+        """Process id of the present worker, for operators and tests."""
+        return None if self._worker is None else self._worker.pid
+
+    async def start(self) -> None:
+        self._first_ready = asyncio.get_running_loop().create_future()
+        # A failure nobody waits for is in the log and in `status` all the same.
+        self._first_ready.add_done_callback(lambda future: future.cancelled() or future.exception())
+        self._supervision = asyncio.create_task(self._supervise(), name="engine")
+
+    async def wait_ready(self) -> ModelCard:
+        assert self._first_ready is not None, "start() comes first"
+        return await asyncio.shield(self._first_ready)
+
+    def submit(self, request: GenerateRequest, listener: Listener) -> None:
+        if self._stopping or self._status.state in ("failed", "stopped"):
+            raise EngineLost(f"No worker can take the job: {self._status.detail}")
+        self._jobs[request.job_id] = _Job(request, listener)
+        self._idle.clear()
+        if self._worker is not None and self._ready.is_set():
+            self._worker.send(Submit(request))
+
+    def cancel(self, job_id: str) -> None:
+        job = self._jobs.get(job_id)
+        if job is None:
+            return
+        if self._worker is not None and self._ready.is_set():
+            self._worker.send(Cancel(job_id))
+        else:
+            self._conclude(Failed(job_id, "cancelled", "The job was cancelled."))
+
+    async def stop(self, grace_s: float) -> None:
+        self._stopping = True
+        try:
+            await asyncio.wait_for(self._idle.wait(), grace_s)
+        except TimeoutError:
+            logger.warning("%d jobs did not finish within %.0f s", len(self._jobs), grace_s)
+        if self._worker is not None:
+            self._worker.send(Shutdown())
+            await self._worker.wait(timeout_s=5.0)
+        if self._supervision is not None:
+            self._supervision.cancel()
+            await asyncio.gather(self._supervision, return_exceptions=True)
+        self._set_status("stopped", "The server is stopping.")
+        for job_id in list(self._jobs):
+            self._conclude(Failed(job_id, EngineLost.code, "The server stopped before the job was done."))
+
+    # --- the worker's life
+
+    async def _supervise(self) -> None:
+        """Keep one worker running until told to stop or until it cannot start."""
+        failed_starts = 0
+        while not self._stopping:
+            code, was_ready, reason = await self._live_once()
+            if self._stopping:
+                return
+            if self._status.state == "failed":
+                break
+            failed_starts = 0 if was_ready else failed_starts + 1
+            logger.error("the worker ended (%s); jobs in hand: %d", reason or _describe(code), len(self._jobs))
+            if failed_starts >= MAX_FAILED_STARTS:
+                self._give_up(f"The worker ended {failed_starts} times while loading ({reason or _describe(code)}).")
+                break
+            self._num_restarts += 1
+            self._set_status("restarting", f"The worker ended ({reason or _describe(code)}) and is being replaced.")
+            self._interrupt_jobs(reason or _describe(code))
+            await asyncio.sleep(RESTART_PAUSE_S * failed_starts)
+        for job_id in list(self._jobs):
+            self._conclude(Failed(job_id, EngineLost.code, self._status.detail))
+
+    async def _live_once(self) -> tuple[int, bool, str]:
+        """Run one worker from start to end: its exit code, whether it was ready, and why it was ended by us."""
+        self._ready.clear()
+        self._reason = ""
+        try:
+            self._worker = await WorkerProcess.start()
+        except OSError as error:
+            return 1, False, str(error)
+        logger.info("worker %d started", self._worker.pid)
+        self._worker.send(Load(self._config.worker(self._frames_dir)))
+        watch = asyncio.create_task(self._watch(self._worker), name="engine-watch")
+        try:
+            code = await self._worker.run(self._hear)
+        finally:
+            watch.cancel()
+            if self._worker is not None:
+                self._worker.kill()
+            self._worker = None
+        was_ready = self._ready.is_set()
+        self._ready.clear()
+        return code, was_ready, self._reason
+
+    _reason = ""
+
+    async def _watch(self, worker: WorkerProcess) -> None:
+        """End a worker that says nothing for longer than its pass can explain."""
+        while True:
+            await asyncio.sleep(min(1.0, self._config.hang_timeout_s / 4))
+            silent_s = time.monotonic() - self._silence.since
+            if self._ready.is_set() and self._jobs and silent_s > self._silence.patience_s:
+                self._reason = f"it did not answer for {silent_s:.0f} s"
+                logger.error("worker %d %s; ending it", worker.pid, self._reason)
+                worker.kill()
+                return
+
+    def _hear(self, message: ToHost) -> None:
+        self._silence = _Silence(patience_s=self._config.hang_timeout_s)
+        match message:
+            case Loading(stage=stage):
+                logger.info("worker: %s", stage)
+                if self._status.state != "restarting":
+                    self._set_status("loading", f"The worker is {stage}.")
+            case Ready(card=card):
+                self._on_ready(card)
+            case LoadFailed(message=text):
+                self._give_up(text)
+            case Fatal(message=text):
+                self._reason = f"the device is lost: {text}"
+            case Began(job_ids=job_ids, expected_s=expected_s):
+                self._running = frozenset(job_ids)
+                if expected_s is not None:
+                    explained_s = max(SHORTEST_PATIENCE_S, PATIENCE_FACTOR * expected_s)
+                    self._silence.patience_s = min(self._config.hang_timeout_s, explained_s)
+            case Finished() | Failed():
+                self._conclude(message)
+            case Progress() | Preview():
+                job = self._jobs.get(message.job_id)
+                if job is not None:
+                    job.listener(message)
+                elif isinstance(message, Preview):
+                    Path(message.frames.path).unlink(missing_ok=True)
+
+    def _on_ready(self, card: ModelCard) -> None:
+        self._card = card
+        self._ready.set()
+        self._set_status("ready", "The model is loaded and warm.")
+        assert self._first_ready is not None
+        if not self._first_ready.done():
+            self._first_ready.set_result(card)
+        assert self._worker is not None
+        for job in self._jobs.values():
+            self._worker.send(Submit(job.request))
+
+    def _give_up(self, text: str) -> None:
+        self._set_status("failed", text)
+        assert self._first_ready is not None
+        if not self._first_ready.done():
+            self._first_ready.set_exception(ConfigError(text))
+
+    def _interrupt_jobs(self, reason: str) -> None:
+        """Decide for each job in hand whether the next worker gets it."""
+        running, self._running = self._running, frozenset()
+        for job_id, job in list(self._jobs.items()):
+            if job_id in running:
+                job.tries += 1
+            else:
+                job.interruptions += 1
+            if job.tries >= MAX_TRIES or job.interruptions > MAX_INTERRUPTIONS:
+                text = f"The worker ended while it ran this job ({reason}), {job.tries + job.interruptions} times."
+                self._conclude(Failed(job_id, EngineLost.code, text))
+            else:
+                logger.warning("%s is tried again: %s", job_id, reason)
+
+    def _conclude(self, event: Finished | Failed) -> None:
+        job = self._jobs.pop(event.job_id, None)
+        if not self._jobs:
+            self._idle.set()
+        if job is not None:
+            job.listener(event)
+        elif isinstance(event, Finished):
+            Path(event.frames.path).unlink(missing_ok=True)
+
+    def _set_status(self, state: str, detail: str) -> None:
+        self._status = EngineStatus(state=state, detail=detail, num_restarts=self._num_restarts)  # type: ignore[arg-type]
+
+
+def _describe(code: int) -> str:
+    return f"signal {-code}" if code < 0 else f"exit code {code}"

@@ -1,0 +1,107 @@
+"""One worker process and the socket to it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from ..core.messages import ToHost, ToWorker
+from ..core.wire import HEADER_BYTES, body_length, pack, to_host
+
+logger = logging.getLogger(__name__)
+
+CONNECT_TIMEOUT_S = 120.0
+
+
+class WorkerProcess:
+    """Started by `start`, over when `run` returns.
+
+    The socket lies in a folder that only this user can enter and is gone once the worker has connected.
+    """
+
+    def __init__(self, process: asyncio.subprocess.Process, reader: asyncio.StreamReader, writer: asyncio.StreamWriter):
+        self._process = process
+        self._reader = reader
+        self._writer = writer
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @classmethod
+    async def start(cls) -> WorkerProcess:
+        """Start `python -m photogram.worker` and wait for its connection. Raises OSError when none comes."""
+        accepted: asyncio.Future[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = (
+            asyncio.get_running_loop().create_future()
+        )
+
+        def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            if accepted.done():
+                writer.close()
+            else:
+                accepted.set_result((reader, writer))
+
+        with tempfile.TemporaryDirectory(prefix="photogram-") as folder:
+            path = Path(folder) / "worker.sock"
+            server = await asyncio.start_unix_server(accept, path)
+            # A session of its own: Ctrl-C in a terminal is for the host, which lets running jobs finish.
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "photogram.worker",
+                str(path),
+                stdin=asyncio.subprocess.DEVNULL,
+                start_new_session=True,
+                env=os.environ | {"TOKENIZERS_PARALLELISM": "false"},
+            )
+            ended = asyncio.ensure_future(process.wait())
+            try:
+                await asyncio.wait({accepted, ended}, timeout=CONNECT_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
+                if not accepted.done():
+                    if process.returncode is None:
+                        process.kill()
+                    raise OSError(f"the worker did not connect (exit code {await ended})")
+            finally:
+                ended.cancel()
+                server.close()
+        return cls(process, *accepted.result())
+
+    def send(self, message: ToWorker) -> None:
+        """Queue a message; one to a worker that is gone is dropped (its end is heard of by `run`)."""
+        if not self._writer.is_closing():
+            self._writer.write(pack(message))
+
+    async def run(self, hear: Callable[[ToHost], None]) -> int:
+        """Give every message to `hear` until the worker ends; return its exit code (negative: the signal)."""
+        try:
+            while True:
+                header = await self._reader.readexactly(HEADER_BYTES)
+                hear(to_host.decode(await self._reader.readexactly(body_length(header))))
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass
+        except ValueError:
+            logger.exception("worker %d sent what is no message", self.pid)
+            self.kill()
+        self._writer.close()
+        return await self._process.wait()
+
+    def kill(self) -> None:
+        """End the process and all it started, at once."""
+        try:
+            os.killpg(self._process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+
+    async def wait(self, timeout_s: float) -> None:
+        """Wait for the end; kill after `timeout_s` seconds."""
+        try:
+            await asyncio.wait_for(self._process.wait(), timeout_s)
+        except TimeoutError:
+            self.kill()
+            await self._process.wait()

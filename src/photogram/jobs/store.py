@@ -1,0 +1,296 @@
+"""The durable list of jobs: what was accepted is here before its client hears of it.
+
+SQLAlchemy Core on SQLite by default; the statements are portable. All SQL runs in one thread of the store's own, so
+the event loop never waits for a disk. A caller that is cancelled while it waits may find its change made.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import msgspec
+from sqlalchemy import URL, Connection, Engine, RowMapping, delete, func, insert, select, update
+from sqlalchemy.exc import DBAPIError, IntegrityError
+
+from ..core.errors import Conflict, NotFound, RequestError, StorageFailed
+from ..core.request import GenerateRequest, OutputSpec
+from .record import FINISHED, TRANSITIONS, UNFINISHED, IllegalTransition, JobKind, JobRecord, JobState
+from .schema import jobs, lock_folder, open_database, set_synchronous
+
+Result = TypeVar("Result")
+
+STORE_FILE = "jobs.sqlite3"
+MAX_PAGE = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """What finished jobs amount to."""
+
+    num_jobs: int
+    file_bytes: int
+
+
+class JobStore:
+    """Jobs in a database. Built with `open_store` (a data folder) or `JobStore(url)`; `close` it."""
+
+    def __init__(self, url: str, *, clock: Callable[[], float] = time.time, lock: int | None = None) -> None:
+        """Open the database, made when it is new. Raises ConfigError when it cannot be used."""
+        self._clock = clock
+        self._lock = lock
+        self._engine: Engine = open_database(url)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="photogram-store")
+
+    async def create(self, records: Sequence[JobRecord]) -> None:
+        """Keep new jobs, all or none; when this returns they survive a power cut.
+
+        Raises Conflict when the owner has used the idempotency key before, StorageFailed when the disk refuses.
+        """
+        rows = [_row(record) for record in records]
+        if rows:
+            await self._run(lambda connection: _insert(connection, rows), promise=True)
+
+    async def move(
+        self,
+        job_id: str,
+        to: JobState,
+        *,
+        started_at: float | None = None,
+        finished_at: float | None = None,
+        error_code: str | None = None,
+        error_message: str | None = None,
+        error_param: str | None = None,
+        file_key: str | None = None,
+        content_type: str | None = None,
+        file_bytes: int | None = None,
+        run_s: float | None = None,
+        prompt_tokens: int | None = None,
+        image_tokens: int | None = None,
+    ) -> JobRecord:
+        """Move a job to a state, with what became known (None: unchanged), and return its new record.
+
+        Of two writers that want to move the same job one wins; the other gets IllegalTransition. Beginning and end
+        are stamped with the store's clock unless given, and each beginning counts as an attempt. Raises NotFound.
+        """
+        if to == "failed" and (error_code is None or error_message is None):
+            raise ValueError("a failed job needs error_code and error_message")
+        changes: dict[str, str | float | int | None] = {
+            "started_at": self._clock() if to == "running" and started_at is None else started_at,
+            "finished_at": self._clock() if to in FINISHED and finished_at is None else finished_at,
+            "error_code": error_code,
+            "error_message": error_message,
+            "error_param": error_param,
+            "file_key": file_key,
+            "content_type": content_type,
+            "file_bytes": file_bytes,
+            "run_s": run_s,
+            "prompt_tokens": prompt_tokens,
+            "image_tokens": image_tokens,
+        }
+        known = {name: value for name, value in changes.items() if value is not None}
+        return await self._run(lambda connection: _move(connection, job_id, to, known), promise=to in FINISHED)
+
+    async def get(self, job_id: str) -> JobRecord:
+        """Return one job. Raises NotFound."""
+        return await self._run(lambda connection: _get(connection, job_id))
+
+    async def group(self, group_id: str) -> tuple[JobRecord, ...]:
+        """Return the jobs of one API object in their order; none for an unknown id."""
+        query = select(jobs).where(jobs.c.group_id == group_id).order_by(jobs.c.index_in_group)
+        return await self._run(lambda connection: _records(connection.execute(query).mappings().all()))
+
+    async def with_idempotency_key(self, owner: str, key: str) -> tuple[JobRecord, ...]:
+        """Return the jobs that this owner made under a key, in their order."""
+        query = select(jobs).where(jobs.c.owner == owner, jobs.c.idempotency_key == key)
+        query = query.order_by(jobs.c.index_in_group)
+        return await self._run(lambda connection: _records(connection.execute(query).mappings().all()))
+
+    async def unfinished(self, kind: JobKind | None = None) -> tuple[JobRecord, ...]:
+        """Return what is queued, running or encoding, oldest first."""
+        query = select(jobs).where(jobs.c.state.in_(UNFINISHED)).order_by(jobs.c.position)
+        if kind is not None:
+            query = query.where(jobs.c.kind == kind)
+        return await self._run(lambda connection: _records(connection.execute(query).mappings().all()))
+
+    async def list(
+        self,
+        *,
+        kind: JobKind | None = None,
+        owner: str | None = None,
+        after: str | None = None,
+        limit: int = 20,
+        order: Literal["asc", "desc"] = "desc",
+    ) -> tuple[JobRecord, ...]:
+        """Return up to `limit` jobs, newest first unless `order` is ``asc``, from the one that follows job `after`.
+
+        The order is that of acceptance. Raises RequestError naming ``limit`` or ``after`` (unknown, or another
+        owner's).
+        """
+        if not 1 <= limit <= MAX_PAGE:
+            raise RequestError(f"limit {limit}: must be from 1 to {MAX_PAGE}.", param="limit")
+        query = select(jobs).order_by(jobs.c.position if order == "asc" else jobs.c.position.desc()).limit(limit)
+        place = select(jobs.c.position).where(jobs.c.job_id == after)
+        if kind is not None:
+            query, place = query.where(jobs.c.kind == kind), place.where(jobs.c.kind == kind)
+        if owner is not None:
+            query, place = query.where(jobs.c.owner == owner), place.where(jobs.c.owner == owner)
+
+        def page(connection: Connection) -> tuple[JobRecord, ...]:
+            if after is None:
+                return _records(connection.execute(query).mappings().all())
+            position = connection.scalar(place)
+            if position is None:
+                raise RequestError(f"after '{after}': no such job.", param="after")
+            beyond = jobs.c.position > position if order == "asc" else jobs.c.position < position
+            return _records(connection.execute(query.where(beyond)).mappings().all())
+
+        return await self._run(page)
+
+    async def oldest_finished(self, limit: int, after: JobRecord | None = None) -> tuple[JobRecord, ...]:
+        """Return up to `limit` finished jobs, those that ended first in front, from the one that follows `after`."""
+        query = select(jobs).where(jobs.c.state.in_(FINISHED))
+        if after is not None:
+            # By value, for that row may have been deleted since.
+            same_time = (jobs.c.finished_at == after.finished_at) & (jobs.c.job_id > after.job_id)
+            query = query.where((jobs.c.finished_at > after.finished_at) | same_time)
+        query = query.order_by(jobs.c.finished_at, jobs.c.job_id).limit(limit)
+        return await self._run(lambda connection: _records(connection.execute(query).mappings().all()))
+
+    async def totals(self) -> Totals:
+        """Return how many jobs are finished and how large their files are together."""
+        query = select(func.count(), func.coalesce(func.sum(jobs.c.file_bytes), 0)).where(jobs.c.state.in_(FINISHED))
+
+        def totals(connection: Connection) -> Totals:
+            num_jobs, file_bytes = connection.execute(query).one()
+            return Totals(num_jobs=num_jobs, file_bytes=int(file_bytes))
+
+        return await self._run(totals)
+
+    async def delete(self, job_id: str) -> bool:
+        """Forget a job in whatever state; False when there was none. Its file is the caller's affair."""
+        statement = delete(jobs).where(jobs.c.job_id == job_id)
+        return await self._run(lambda connection: connection.execute(statement).rowcount == 1, promise=True)
+
+    async def fail_interrupted(self, kind: JobKind) -> tuple[JobRecord, ...]:
+        """Fail every unfinished job of a kind with the code ``interrupted``, and return them as they are now.
+
+        For the start of a server, before it accepts anything: what is unfinished then has lost its client. A
+        `file_key` among them may name a file that is complete, half-way or absent: delete it.
+        """
+        now = self._clock()
+
+        def fail(connection: Connection) -> tuple[JobRecord, ...]:
+            lost = select(jobs.c.job_id).where(jobs.c.kind == kind, jobs.c.state.in_(UNFINISHED))
+            job_ids = connection.scalars(lost.order_by(jobs.c.position)).all()
+            changes: dict[str, str | float] = {
+                "error_code": "interrupted",
+                "error_message": "the server stopped before the job was finished; send the request again.",
+                "finished_at": now,
+            }
+            return tuple(_move(connection, job_id, "failed", changes) for job_id in job_ids)
+
+        return await self._run(fail, promise=True)
+
+    async def check_writable(self) -> None:
+        """Raise StorageFailed when nothing could be committed now."""
+        nothing = update(jobs).where(jobs.c.position == -1).values(attempts=0)
+        await self._run(lambda connection: connection.execute(nothing) and None, promise=True)
+
+    async def close(self) -> None:
+        """Finish what was asked for, close the database and let the next server have the folder."""
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self._thread, self._engine.dispose)
+        self._thread.shutdown(wait=True)
+        if self._lock is not None:
+            os.close(self._lock)
+
+    async def _run(self, work: Callable[[Connection], Result], *, promise: bool = False) -> Result:
+        loop = asyncio.get_running_loop()
+        try:
+            future = loop.run_in_executor(self._thread, self._transaction, work, promise)
+        except RuntimeError as error:
+            raise StorageFailed("the job store is closed, the server is stopping.") from error
+        return await future
+
+    def _transaction(self, work: Callable[[Connection], Result], promise: bool) -> Result:
+        try:
+            with self._engine.connect() as connection:
+                set_synchronous(connection, promise=promise)
+                result = work(connection)
+                connection.commit()
+                return result
+        except IntegrityError as error:
+            raise Conflict(f"the job exists already, or its idempotency key was used ({error.orig}).") from error
+        except DBAPIError as error:
+            raise StorageFailed(f"the job store failed: {error.orig}.") from error
+        except msgspec.MsgspecError as error:
+            raise StorageFailed(f"the job store holds a job that cannot be read: {error}.") from error
+
+
+def open_store(data_dir: Path, *, clock: Callable[[], float] = time.time) -> JobStore:
+    """Open the store of a data folder, and keep other servers out of the folder until it is closed.
+
+    Raises ConfigError when the folder cannot be written or is in use, and when the store is damaged, newer than this
+    photogram or a database of something else; nothing is changed then.
+    """
+    lock = lock_folder(data_dir)
+    try:
+        url = URL.create("sqlite", database=str(data_dir / STORE_FILE))
+        return JobStore(url.render_as_string(hide_password=False), clock=clock, lock=lock)
+    except BaseException:
+        os.close(lock)
+        raise
+
+
+def _insert(connection: Connection, rows: Sequence[Mapping[str, object]]) -> None:
+    connection.execute(insert(jobs), rows)
+
+
+def _move(
+    connection: Connection, job_id: str, to: JobState, changes: Mapping[str, str | float | int | None]
+) -> JobRecord:
+    sources = [state for state, following in TRANSITIONS.items() if to in following]
+    # The check and the change are one statement: whoever comes second finds no row to change.
+    statement = update(jobs).where(jobs.c.job_id == job_id, jobs.c.state.in_(sources)).values(state=to, **changes)
+    if to == "running":
+        statement = statement.values(attempts=jobs.c.attempts + 1)
+    won = connection.execute(statement).rowcount == 1
+    record = _get(connection, job_id)
+    if not won:
+        raise IllegalTransition(job_id, record.state, to)
+    return record
+
+
+def _get(connection: Connection, job_id: str) -> JobRecord:
+    row = connection.execute(select(jobs).where(jobs.c.job_id == job_id)).mappings().one_or_none()
+    if row is None:
+        raise NotFound(f"no job '{job_id}'.")
+    return _record(row)
+
+
+def _records(rows: Sequence[RowMapping]) -> tuple[JobRecord, ...]:
+    return tuple(_record(row) for row in rows)
+
+
+def _row(record: JobRecord) -> dict[str, Any]:
+    row = msgspec.structs.asdict(record)
+    row["index_in_group"] = row.pop("index")
+    row["request"] = msgspec.json.encode(record.request).decode()
+    row["output"] = msgspec.json.encode(record.output).decode()
+    return row
+
+
+def _record(row: RowMapping) -> JobRecord:
+    fields = dict(row)
+    del fields["position"]
+    fields["index"] = fields.pop("index_in_group")
+    fields["request"] = msgspec.json.decode(fields["request"], type=GenerateRequest)
+    fields["output"] = msgspec.json.decode(fields["output"], type=OutputSpec)
+    return JobRecord(**fields)

@@ -1,0 +1,327 @@
+"""The scheduler's books: which job is where, and the decision made over them.
+
+    submit -> queued -> next_plan: Start -> starting -> waiting(call) -> next_plan: Run -> running
+                                                            ^                                |
+                                                            +---- resumed <------- ran ------+     ... -> finished
+
+A decision looks at the jobs that wait at a call and at a short list of those not started: O(live jobs), whatever the
+length of the queue.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+
+from .backlog import Backlog
+from .batches import BatchLimits
+from .cost import CallCosts, JobCosts, Mean
+from .fairness import FairShare
+from .job import Job, JobTicket, PendingCall, Plan, Run, Start
+from .policy import DECODE, DENOISE, ENCODE, START, EarlyBudget, Policy, SchedulerConfig, Standing
+
+_PHASE_RANK = {"decode": DECODE, "encode": ENCODE, "denoise": DENOISE}
+_LOWEST: tuple[int, ...] = (-(10**9),)
+
+
+class Scheduler:
+    """Plans the calls of all jobs of one worker.
+
+    Methods that name a job raise KeyError for one that is unknown: never submitted, cancelled or finished.
+    """
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        self.config = config
+        self._shares = FairShare(config.fairness_slack_s)
+        self._policy = Policy(config, self._shares)
+        self._call_costs = CallCosts()
+        self._job_costs = JobCosts()
+        self._batches = BatchLimits(
+            max_batch_size=config.max_batch_size,
+            memory_bytes=config.memory_bytes,
+            min_gain=config.min_batch_gain,
+            call_costs=self._call_costs,
+        )
+        self._early = EarlyBudget(config.early_share, config.early_burst_s)
+        self._start_s = Mean()
+        self._speedup = 1.0  # seconds of work as if alone, per second that passed
+        self._jobs: dict[str, Job] = {}
+        self._backlog = Backlog()
+        self._live: dict[str, Job] = {}
+        self._waiting: dict[str, Job] = {}
+        self._last_key: Hashable | None = None
+        self._last_lead: str | None = None
+        self._num_submitted = 0
+
+    # --- what happens to jobs ------------------------------------------------------------------------------------
+
+    def submit(self, ticket: JobTicket, now: float) -> None:
+        """Queue a job. Raises ValueError for an id that is known already or an arrival in the future."""
+        if ticket.job_id in self._jobs:
+            raise ValueError(f"job '{ticket.job_id}': was submitted already.")
+        if ticket.arrived_at > now:
+            raise ValueError(f"job '{ticket.job_id}': arrived_at {ticket.arrived_at} is after now, {now}.")
+        job = Job(ticket, self._shares.join(ticket.owner), self._num_submitted)
+        self._num_submitted += 1
+        self._estimate(job)
+        self._jobs[ticket.job_id] = job
+        self._backlog.add(job)
+
+    def cancel(self, job_id: str) -> bool:
+        """Forget a job, wherever it is; it is never planned again. False if it is not known (any more)."""
+        job = self._jobs.get(job_id)
+        if job is None:
+            return False
+        self._forget(job)
+        return True
+
+    def waiting(self, job_id: str, call: PendingCall, now: float) -> None:
+        """The job is suspended at a call."""
+        job = self._jobs[job_id]
+        if job.state not in ("starting", "resumed"):
+            raise ValueError(f"job '{job_id}': cannot come to a call while {job.state}.")
+        job.call = call
+        job.state = "waiting"
+        self._waiting[job_id] = job
+        self._estimate(job)
+
+    def stepped(self, job_id: str, step: int, num_steps: int) -> None:
+        """The job has made `step` of `num_steps` denoising steps."""
+        job = self._jobs[job_id]
+        if step > job.step:
+            self._job_costs.stepped(job, step - job.step)
+            job.unstepped_s = 0.0
+        job.step = step
+        job.num_steps = num_steps
+        self._estimate(job)
+
+    def finished(self, job_id: str, now: float) -> None:
+        """The job came to its end; its costs are learned from. Use `cancel` for a job that failed."""
+        job = self._jobs[job_id]
+        self._job_costs.finished(job)
+        self._forget(job)
+
+    # --- decisions -----------------------------------------------------------------------------------------------
+
+    def next_plan(self, now: float) -> Plan | None:
+        """Return what to do next; None only if no job waits at a call and none may be started.
+
+        The jobs of a plan are taken: they are planned again when `waiting` was called for them.
+        """
+        newcomers = self._newcomers(now)
+        if not self._waiting and not newcomers:
+            return None
+        top = max(job.priority for jobs in (self._waiting.values(), newcomers) for job in jobs)
+        lead, lead_rank, live_standing, floor = self._best_waiting(now, top)
+        newcomer = self._best_newcomer(newcomers, now, top, live_standing)
+        if newcomer is not None:
+            standing = self._policy.standing(newcomer, now, top)
+            early = START if self._early.covers(self._start_s.value) else DENOISE
+            # On equal rank the earlier one; a start before the equal call of a live job can join its batch.
+            if lead is None or (*standing[:3], early, standing[3], -newcomer.sequence) > lead_rank:
+                return self._start(newcomer)
+        assert lead is not None
+        self._shares.advance(floor)
+        return self._run(lead, now, top)
+
+    def ran(
+        self,
+        plan: Plan,
+        seconds: float,
+        now: float,
+        *,
+        out_of_memory: bool = False,
+        peak_bytes: int | None = None,
+    ) -> tuple[str, ...]:
+        """Report that a plan was carried out and how long it took.
+
+        `peak_bytes` is the memory the pass took beyond what was held before it, where it was measured. After a pass
+        that ran out of memory the batch limit of that kind is halved and its jobs are planned again, in smaller
+        batches. Returns the jobs that cannot be: one whose call did not fit alone. Fail and `cancel` those.
+        """
+        if isinstance(plan, Start):
+            self._start_s.add(seconds)
+            self._early.spend(seconds)
+            self._charge((plan.job_id,), seconds)
+            return ()
+        self._charge(plan.job_ids, seconds)
+        jobs = [self._jobs[job_id] for job_id in plan.job_ids if job_id in self._jobs]
+        if plan.phase == "encode":
+            self._early.spend(seconds)
+        else:
+            self._early.earn(seconds)
+        if out_of_memory:
+            self._batches.out_of_memory(plan.kind, len(plan.job_ids))
+            if len(plan.job_ids) == 1:
+                return tuple(job.ticket.job_id for job in jobs)
+            for job in jobs:
+                job.state = "waiting"
+                self._waiting[job.ticket.job_id] = job
+            return ()
+        self._batches.ran(plan.kind, len(plan.job_ids), peak_bytes)
+        self._learn(plan, jobs, seconds)
+        return ()
+
+    # --- estimates -----------------------------------------------------------------------------------------------
+
+    def expected_s(self, plan: Plan) -> float | None:
+        """Return how long a plan should take, None while nothing like it ever ran."""
+        if isinstance(plan, Start):
+            return self._start_s.value if self._start_s.num_samples else None
+        seconds = self._call_costs.expected(plan.kind, len(plan.job_ids))
+        lead = self._jobs.get(plan.job_ids[0])
+        if seconds is None and lead is not None:
+            seconds = self._call_costs.guess(plan.phase, len(plan.job_ids), lead.ticket.size_hint)
+        return seconds
+
+    def eta_s(self, job_id: str, now: float) -> float | None:
+        """Return the seconds until the job is done, waiting behind others included; None while nothing is known.
+
+        Counted are the job's own remaining time and that of the jobs that rank above it now, of another owner's no
+        more than fairness lets by, over the speed-up that batching gave lately. Jobs that are yet to come are not
+        foreseen. O(live jobs + lines of the backlog).
+        """
+        job = self._jobs[job_id]
+        if not self._job_costs.knows(job.ticket):
+            return None
+        mine = self._policy.standing(job, now, job.priority)
+        ahead_s: dict[str, float] = {}
+        for other in self._live.values():
+            if other is not job and self._goes_before(other, job, now, mine):
+                ahead_s[other.owner.name] = ahead_s.get(other.owner.name, 0.0) + other.remaining_s
+        for head, last, length in self._backlog.lines():
+            num_ahead = 0.0
+            if self._backlog.is_in_line_of(job, head):
+                num_ahead = length * (job.sequence - head.sequence) / max(1, last.sequence - head.sequence + 1)
+            elif self._goes_before(head, job, now, mine):
+                num_ahead = length
+            ahead_s[head.owner.name] = ahead_s.get(head.owner.name, 0.0) + num_ahead * head.size_s
+        own_s = job.remaining_s + ahead_s.pop(job.owner.name, 0.0)
+        total_s = own_s
+        for name, seconds in ahead_s.items():
+            lead_s = max(0.0, job.owner.tag - self._shares.tag(name))
+            total_s += min(seconds, own_s + lead_s + self._shares.slack_s)
+        return total_s / self._speedup
+
+    # --- inside --------------------------------------------------------------------------------------------------
+
+    def _newcomers(self, now: float) -> list[Job]:
+        """Return the queued jobs that compete for a live place, if there is one."""
+        if not self._backlog or len(self._live) >= self.config.max_live_jobs:
+            return []
+        standing = self._policy.standing
+        return self._backlog.shortlist(now, lambda job: (*standing(job, now, job.priority), -job.sequence))
+
+    def _best_waiting(self, now: float, top: int) -> tuple[Job | None, tuple[float, ...], Standing | None, float]:
+        """Return the job whose call goes first, its rank, the best standing among all, and the lowest tag at its
+        level, which is where virtual time stands."""
+        lead: Job | None = None
+        lead_rank: tuple[float, ...] = _LOWEST
+        best: Standing | None = None
+        floor, level, longest_s = 0.0, -(10**9), 0.0
+        policy, last_key, last_lead = self._policy, self._last_key, self._last_lead
+        stickiness = 1.0 if self.config.order == 'fifo' else self.config.stickiness
+        for job in self._waiting.values():
+            call = job.call
+            assert call is not None
+            standing = policy.standing(job, now, top)
+            if best is None or standing > best:
+                best = standing
+            if standing[0] > level:
+                level, floor = standing[0], job.owner.tag
+            elif standing[0] == level and job.owner.tag < floor:
+                floor = job.owner.tag
+            longest_s = max(longest_s, job.size_s)
+            phase = _PHASE_RANK[call.phase]
+            if phase == ENCODE and not self._early.covers(self._call_costs.expected(call.kind, 1)):
+                phase = DENOISE
+            ratio = standing[3]
+            if job.ticket.job_id == last_lead or (call.key is not None and call.key == last_key):
+                ratio *= stickiness
+            rank = (standing[0], standing[1], standing[2], phase, ratio, -job.sequence)
+            if rank > lead_rank:
+                lead, lead_rank = job, rank
+        policy.note_longest(longest_s)
+        return lead, lead_rank, best, floor
+
+    def _best_newcomer(self, newcomers: list[Job], now: float, top: int, live: Standing | None) -> Job | None:
+        """Return the queued job to start, if one may: the last places are kept for those above all live jobs."""
+        if not newcomers:
+            return None
+        best = max(newcomers, key=lambda job: (*self._policy.standing(job, now, top), -job.sequence))
+        if len(self._live) < self.config.max_live_jobs - self.config.reserve or live is None:
+            return best
+        return best if self._policy.standing(best, now, top) > live else None
+
+    def _start(self, job: Job) -> Start:
+        self._backlog.remove(job)
+        job.state = "starting"
+        self._live[job.ticket.job_id] = job
+        return Start(job.ticket.job_id)
+
+    def _run(self, lead: Job, now: float, top: int) -> Run:
+        """Plan the lead's call with the best of those that may share its pass."""
+        call = lead.call
+        assert call is not None
+        members = [lead]
+        if call.key is not None and lead.ticket.batchable:
+            others = [
+                job
+                for job in self._waiting.values()
+                if job is not lead and job.call is not None and job.call.key == call.key and job.ticket.batchable
+            ]
+            size = self._batches.size(call.kind, 1 + len(others), call.bytes_per_call)
+            if size <= len(others):
+                others.sort(key=lambda job: (*self._policy.standing(job, now, top), -job.sequence), reverse=True)
+            members += others[: size - 1]
+        for job in members:
+            job.state = "running"
+            del self._waiting[job.ticket.job_id]
+        self._last_key, self._last_lead = call.key, lead.ticket.job_id
+        return Run(tuple(job.ticket.job_id for job in members), call.kind, call.phase)
+
+    def _charge(self, job_ids: tuple[str, ...], seconds: float) -> None:
+        """Book the time: a share to each member's owner, and none of it counts as waiting."""
+        for job_id in job_ids:
+            job = self._jobs.get(job_id)
+            if job is not None:
+                self._shares.charge(job.owner, seconds / len(job_ids))
+
+    def _learn(self, plan: Run, jobs: list[Job], seconds: float) -> None:
+        num_calls = len(plan.job_ids)
+        if jobs:
+            self._call_costs.observe(plan.kind, plan.phase, num_calls, jobs[0].ticket.size_hint, seconds)
+        alone_s = self._call_costs.expected(plan.kind, 1)
+        if alone_s is None:
+            alone_s = seconds / num_calls
+        if seconds > 0:
+            weight = min(1.0, seconds / 10.0)
+            self._speedup += weight * (max(1.0, num_calls * alone_s / seconds) - self._speedup)
+        for job in jobs:
+            job.state = "resumed"
+            if plan.phase == "encode":
+                job.encode_s += alone_s
+            elif plan.phase == "denoise":
+                job.unstepped_s += alone_s
+            else:
+                job.decode_s += alone_s
+
+    def _estimate(self, job: Job) -> None:
+        encode_s, step_s, decode_s = self._job_costs.rates(job.ticket)
+        size_s = encode_s + decode_s + job.num_steps * (step_s if job.step_s is None else job.step_s)
+        self._policy.rate(job, size_s, self._job_costs.remaining_s(job))
+
+    def _goes_before(self, other: Job, job: Job, now: float, mine: Standing) -> bool:
+        """True if `other` ranks above, leaving fairness between different owners to the caller."""
+        theirs = self._policy.standing(other, now, job.priority)
+        if other.owner is not job.owner:
+            return (theirs[0], *theirs[2:], -other.sequence) > (mine[0], *mine[2:], -job.sequence)
+        return (*theirs, -other.sequence) > (*mine, -job.sequence)
+
+    def _forget(self, job: Job) -> None:
+        job_id = job.ticket.job_id
+        if job.state == "queued":
+            self._backlog.remove(job)
+        self._live.pop(job_id, None)
+        self._waiting.pop(job_id, None)
+        del self._jobs[job_id]
+        self._shares.leave(job.owner)

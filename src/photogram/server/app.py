@@ -1,0 +1,41 @@
+"""The HTTP application: the table of every endpoint, and what stands between them and the world."""
+
+from __future__ import annotations
+
+import time
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+
+from ..core.config import ServeConfig
+from ..core.errors import ServiceError
+from ..engine import Engine
+from ..storage import Storage
+from .auth import Keys
+from .border import Border
+from .openapi import describe_api
+from .problems import on_error
+from .resolve import Resolver
+from .routes.images import image_routes
+from .routes.models import model_routes
+from .routes.page import page_routes
+from .routes.probes import probe_routes
+from .service import Service
+
+
+def create_app(config: ServeConfig, engine: Engine, service: Service, storage: Storage, keys: Keys) -> Starlette:
+    """Return the application over what it needs; building it starts nothing."""
+    routes = [
+        *page_routes(config, describe_api),
+        *probe_routes(engine, lambda: service.is_draining),
+        *model_routes(engine, config.model_path, int(time.time()), lambda: service.num_jobs),
+        *image_routes(config, service, storage, Resolver(config=config)),
+    ]
+    app = Starlette(
+        routes=routes,
+        middleware=[Middleware(Border, keys=keys)],
+        exception_handlers={HTTPException: on_error, ServiceError: on_error},
+    )
+    app.router.redirect_slashes = False
+    return app

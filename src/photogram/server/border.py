@@ -1,0 +1,77 @@
+"""The outermost layer of the app: request ids, keys, spellings of paths, and the answer when all else failed.
+
+Pure ASGI. Knows nothing of what the routes do.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import secrets
+import time
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from .auth import OPEN_PATHS, Keys
+from .problems import answer, translate
+
+log = logging.getLogger(__name__)
+
+OPENAI_VERSION = "2020-10-01"
+_SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:\-]{0,127}")
+_OWNER = "photogram.owner"
+
+
+def owner_of(request: Request) -> str:
+    """Return whose request this is, as `Border` found it."""
+    owner = request.scope[_OWNER]
+    assert isinstance(owner, str)
+    return owner
+
+
+class Border:
+    """Gives every request an id and an owner, and every failure an answer in our shape."""
+
+    def __init__(self, app: ASGIApp, keys: Keys) -> None:
+        self._app = app
+        self._keys = keys
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        began = time.perf_counter()
+        headers = Headers(scope=scope)
+        request_id = _request_id(headers)
+        started = False
+
+        async def send_marked(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                marked = MutableHeaders(raw=message["headers"])
+                marked["x-request-id"] = request_id
+                marked["openai-version"] = OPENAI_VERSION
+                marked["openai-processing-ms"] = str(round((time.perf_counter() - began) * 1000))
+            await send(message)
+
+        # A redirect would turn some clients' POST into a GET, so a trailing slash is simply not seen.
+        path = scope["path"].rstrip("/") or "/"
+        scope = {**scope, "path": path, "request_id": request_id}
+        try:
+            if path not in OPEN_PATHS:
+                scope[_OWNER] = self._keys.owner(headers)
+            await self._app(scope, receive, send_marked)
+        except Exception as error:
+            problem = translate(error, Request(scope))
+            if started:
+                # The client sees a body that breaks off; the log has the reason.
+                raise
+            await answer(problem)(scope, receive, send_marked)
+
+
+def _request_id(headers: Headers) -> str:
+    given = headers.get("x-request-id", "")
+    return given if _SANE_REQUEST_ID.fullmatch(given) else f"req_{secrets.token_hex(12)}"

@@ -1,0 +1,130 @@
+"""The API's description (OpenAPI 3.1), read off the request table and the answers' structs."""
+
+from __future__ import annotations
+
+import msgspec
+
+from .. import __version__
+from ..core.config import ServeConfig
+from .fields import MAX_INT, Field
+from .problems import ErrorBody
+from .schemas import (
+    Health,
+    ImagesAnswer,
+    JSONSchema,
+    Model,
+    ModelFacts,
+    ModelInfo,
+    ModelList,
+    Readiness,
+    ServerInfo,
+    image_fields,
+)
+
+_ANSWERS = (ImagesAnswer, ModelFacts, ModelList, Model, ModelInfo, Health, Readiness, ServerInfo, ErrorBody)
+_REFERENCE = "#/components/schemas/{name}"
+_JSON_TYPES = {"int": "integer", "float": "number", "bool": "boolean", "str": "string", "word": "string"}
+
+
+def describe_api(config: ServeConfig) -> JSONSchema:
+    """Return the whole document, with this server's own limits."""
+    _, components = msgspec.json.schema_components(_ANSWERS, ref_template=_REFERENCE)
+    fields = image_fields(config.max_steps)
+    components["ImagesRequest"] = {
+        "type": "object",
+        "required": ["prompt"],
+        "properties": {spelling: _field(field, spelling) for field in fields for spelling in _spellings(field)},
+        # Further arguments of the served pipeline go by their own names; what nothing takes is ignored.
+        "additionalProperties": True,
+    }
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "photogram", "version": __version__},
+        "paths": _paths(),
+        "components": {
+            "schemas": components,
+            "securitySchemes": {
+                "bearer": {"type": "http", "scheme": "bearer"},
+                "azure": {"type": "apiKey", "in": "header", "name": "api-key"},
+            },
+        },
+        "security": [{"bearer": []}, {"azure": []}, {}],
+    }
+
+
+def _spellings(field: Field) -> tuple[str, ...]:
+    return (field.name, *field.aliases)
+
+
+def _field(field: Field, spelling: str) -> JSONSchema:
+    help = field.help if spelling == field.name else f"The same as {field.name}."
+    schema: JSONSchema = {"description": help}
+    if field.kind in _JSON_TYPES:
+        schema["type"] = [_JSON_TYPES[field.kind], "null"] if field.name != "prompt" else "string"
+    if field.words:
+        schema["enum"] = [*field.words, None]
+    low, high = ("minLength", "maxLength") if field.kind == "str" else ("minimum", "maximum")
+    if field.low is not None:
+        schema[low] = field.low
+    if field.high is not None and field.high < MAX_INT:
+        schema[high] = field.high
+    return schema
+
+
+def _paths() -> JSONSchema:
+    image_id = {"name": "image_id", "in": "path", "required": True, "schema": {"type": "string"}}
+    model = {"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}
+    variant = {"name": "variant", "in": "query", "schema": {"type": "integer", "minimum": 0, "maximum": 9}}
+    body = {"schema": {"$ref": _REFERENCE.format(name="ImagesRequest")}}
+    file = {"schema": {"type": "string", "format": "binary"}}
+    pictures = dict.fromkeys(("image/png", "image/jpeg", "image/webp"), file)
+    images = _reply(ImagesAnswer)
+    images["content"]["text/event-stream"] = {"schema": {"type": "string"}}
+    return {
+        "/v1/images/generations": {
+            "post": {
+                "operationId": "createImage",
+                "summary": "Make pictures from a prompt",
+                "requestBody": {
+                    "required": True,
+                    "content": {
+                        "application/json": body,
+                        "multipart/form-data": body,
+                        "application/x-www-form-urlencoded": body,
+                    },
+                },
+                "responses": {"200": images, "default": _reply(ErrorBody)},
+            }
+        },
+        "/v1/images/{image_id}/content": {
+            "get": {
+                "operationId": "getImageContent",
+                "summary": "Fetch a picture's file",
+                "parameters": [image_id, variant],
+                "responses": {
+                    "200": {"description": "The file", "content": pictures},
+                    "206": {"description": "A part of the file", "content": pictures},
+                    "default": _reply(ErrorBody),
+                },
+            }
+        },
+        "/models": _get("getServedModel", "The served model", ModelFacts),
+        "/v1/models": _get("listModels", "The served model, as OpenAI lists models", ModelList),
+        "/v1/models/{model}": _get("getModel", "One model; its id may contain slashes", Model, model),
+        "/model_info": _get("getModelInfo", "What the model takes and gives", ModelInfo),
+        "/health": _get("getHealth", "Whether the server lives", Health),
+        "/ready": _get("getReadiness", "Whether the server can make pictures now: 200 or 503", Readiness),
+        "/server_info": _get("getServerInfo", "The server's version and load", ServerInfo),
+    }
+
+
+def _get(operation: str, summary: str, answer: type, *parameters: JSONSchema) -> JSONSchema:
+    described: JSONSchema = {"operationId": operation, "summary": summary}
+    if parameters:
+        described["parameters"] = list(parameters)
+    return {"get": {**described, "responses": {"200": _reply(answer), "default": _reply(ErrorBody)}}}
+
+
+def _reply(answer: type) -> JSONSchema:
+    schema = {"schema": {"$ref": _REFERENCE.format(name=answer.__name__)}}
+    return {"description": answer.__name__, "content": {"application/json": schema}}

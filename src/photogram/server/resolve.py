@@ -1,0 +1,252 @@
+"""From what a request says to what is to be made: the only place where defaults are filled and limits are held.
+
+Takes a plain object (`body.read_body`), the served model's card and the settings; gives jobs in which nothing is left
+open. Knows nothing of HTTP, of queues or of files.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import msgspec
+
+from ..core.card import ModelCard
+from ..core.config import ServeConfig
+from ..core.errors import NotFound, RequestError
+from ..core.request import GenerateRequest, ImageFormat, JSONValue, OutputSpec, Task
+from ..jobs.record import new_id
+from ..media.image_file import check_side
+from ..media.quality import resolve_quality
+from .fields import MAX_INT, Field, Values, coerce, read, shown
+from .schemas import ECHOED_QUALITIES, MEANINGLESS_FIELDS, image_fields
+from .sizes import Size, asked_size, check_size, drawn_size
+
+ResponseFormat = Literal["b64_json", "url"]
+_FORMATS: dict[str, ImageFormat] = {"png": "png", "jpeg": "jpeg", "jpg": "jpeg", "webp": "webp"}
+# Below 2**32, so that a drawn seed survives every client's JSON and can be typed.
+_DRAWN_SEEDS = 2**32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drawing:
+    """One picture to make: what the engine gets, and the file to deliver."""
+
+    request: GenerateRequest
+    output: OutputSpec
+
+    @property
+    def generated_size(self) -> Size:
+        return Size(self.request.width, self.request.height)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImagesCall:
+    """One request for pictures, resolved. `ignored` names the fields without effect, `warnings` are sentences."""
+
+    drawings: tuple[Drawing, ...]
+    model: str
+    response_format: ResponseFormat
+    size: Size
+    format: ImageFormat
+    quality: str
+    stream: bool
+    stream_progress: bool
+    ignored: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+    @property
+    def echoed_quality(self) -> str | None:
+        return self.quality if self.quality in ECHOED_QUALITIES else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resolver:
+    """Resolves the requests of one server. `new_id` and `draw_seed` are the only things left to chance."""
+
+    config: ServeConfig
+    new_id: Callable[[str], str] = new_id
+    draw_seed: Callable[[], int] = lambda: secrets.randbelow(_DRAWN_SEEDS)
+
+    def images(self, body: Mapping[str, JSONValue], card: ModelCard, owner: str) -> ImagesCall:
+        """Return what `POST /v1/images/generations` asks for.
+
+        Raises RequestError naming the field, or NotFound for another model's name where names are strict.
+        """
+        values = read(body, image_fields(self.config.max_steps))
+        ignored: list[str] = []
+        model = self._model(values.text("model"), card)
+        task = text_to_image_task(card, values.text("task_type"))
+        prompt = values.text("prompt")
+        if not prompt:
+            message = "Missing required parameter: 'prompt'." if prompt is None else "'prompt' must not be empty."
+            raise RequestError(message, param="prompt", code="missing_required_parameter")
+        size = self._size(values, card)
+        drawn = drawn_size(size, card)
+        stream = values.flag("stream")
+        format = _FORMATS[values.text("output_format") or "png"]
+        check_side(format, size.width, size.height)
+        extra = self._extra(body, values, card, ignored)
+        negative_prompt, guidance_scale = _conditioning(values, card, extra, ignored)
+        warnings = _background(values, format)
+        template = GenerateRequest(
+            job_id="",
+            owner=owner,
+            task=task,
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            width=drawn.width,
+            height=drawn.height,
+            num_inference_steps=self._steps(values, card),
+            guidance_scale=guidance_scale,
+            seed=0,
+            extra=extra,
+            partial_images=_only_on_a_stream(values, stream, ignored),
+            deterministic=values.flag("deterministic") or self.config.deterministic,
+            priority=values.int("priority") or 0,
+            timeout_s=self.config.request_timeout_s,
+        )
+        output = OutputSpec(
+            width=size.width,
+            height=size.height,
+            format=format,
+            compression=resolve_quality(values.text("output_quality"), values.int("output_compression")),
+        )
+        return ImagesCall(
+            drawings=self._repeat(template, output, values),
+            model=model,
+            response_format=_response_format(values, model, stream, ignored),
+            size=size,
+            format=format,
+            quality=values.text("quality") or "auto",
+            stream=stream,
+            stream_progress=values.flag("stream_progress"),
+            ignored=tuple(ignored),
+            warnings=warnings,
+        )
+
+    def _model(self, asked: str | None, card: ModelCard) -> str:
+        if self.config.strict_model and asked and asked not in (card.name, card.model_path):
+            raise NotFound(f"The model '{asked}' does not exist.", param="model", code="model_not_found")
+        return asked or card.name
+
+    def _size(self, values: Values, card: ModelCard) -> Size:
+        asked = asked_size(values.text("size"), values.int("width"), values.int("height"))
+        size = asked or Size(card.default_width, card.default_height)
+        check_size(size, min_side=card.min_side, max_pixels=self.config.max_pixels, limit_flag="--max-pixels")
+        return size
+
+    def _steps(self, values: Values, card: ModelCard) -> int:
+        steps = values.int("num_inference_steps")
+        if steps is None:
+            steps = card.quality_steps.get(values.text("quality") or "auto", card.default_steps)
+        return min(steps, self.config.max_steps)
+
+    def _extra(
+        self, body: Mapping[str, JSONValue], values: Values, card: ModelCard, ignored: list[str]
+    ) -> dict[str, JSONValue]:
+        """Return the further arguments that this model takes; the names that nothing takes go to `ignored`."""
+        extra: dict[str, JSONValue] = {}
+        for name in values.unread:
+            kind = card.parameters.get(name)
+            if kind is None:
+                if name not in MEANINGLESS_FIELDS:
+                    ignored.append(name)
+                continue
+            value = coerce(body[name], Field(name=name, kind=kind, help=""), name)
+            if value is not None:
+                extra[name] = value
+        return extra
+
+    def _repeat(self, template: GenerateRequest, output: OutputSpec, values: Values) -> tuple[Drawing, ...]:
+        n, seed = values.int("n") or 1, values.int("seed")
+        if seed is None:
+            seed = self.draw_seed()
+        elif seed + n - 1 > MAX_INT:
+            raise RequestError(f"Invalid value for 'seed': {seed} plus n - 1 exceeds {MAX_INT}.", param="seed")
+        return tuple(
+            Drawing(request=_numbered(template, self.new_id("img"), seed + index), output=output) for index in range(n)
+        )
+
+
+def text_to_image_task(card: ModelCard, asked: str | None) -> Task:
+    """Return the card's task that makes a picture from a prompt alone.
+
+    Raises RequestError where there is none, or where the request asks for another one.
+    """
+    if asked is not None and asked.upper() not in card.tasks:
+        allowed = ", ".join(card.tasks)
+        raise RequestError(
+            f"task_type {shown(asked)}: model '{card.name}' does {allowed}.", param="task_type", code="unsupported_task"
+        )
+    tasks: tuple[Task, ...] = ("T2I", "TI2I")
+    for task in tasks:
+        if task in card.tasks and (asked is None or asked.upper() == task):
+            return task
+    if card.media == "video":
+        message = f"Model '{card.name}' makes videos; send the request to /v1/videos."
+    elif asked is None:
+        message = f"Model '{card.name}' needs an input image; send the request to /v1/images/edits."
+    else:
+        message = f"task_type {shown(asked)} is not served here; this endpoint makes pictures from a prompt (T2I)."
+    raise RequestError(message, param="model" if asked is None else "task_type", code="unsupported_task")
+
+
+def _numbered(template: GenerateRequest, job_id: str, seed: int) -> GenerateRequest:
+    return msgspec.structs.replace(template, job_id=job_id, seed=seed)
+
+
+def _conditioning(
+    values: Values, card: ModelCard, extra: dict[str, JSONValue], ignored: list[str]
+) -> tuple[str | None, float | None]:
+    """Return the negative prompt and the guidance scale; those that the model has no use for go to `ignored`."""
+    negative_prompt = values.text("negative_prompt")
+    if negative_prompt is not None and not card.takes_negative_prompt:
+        ignored.append("negative_prompt")
+        negative_prompt = None
+    guidance_scale, true_cfg_scale = values.float("guidance_scale"), values.float("true_cfg_scale")
+    if true_cfg_scale is not None:
+        if "true_cfg_scale" in card.parameters:
+            extra["true_cfg_scale"] = true_cfg_scale
+        elif guidance_scale is None and card.takes_guidance:
+            guidance_scale = true_cfg_scale
+        else:
+            ignored.append("true_cfg_scale")
+    if not card.takes_guidance:
+        if guidance_scale is not None:
+            ignored.append("guidance_scale")
+        return negative_prompt, None
+    return negative_prompt, card.default_guidance if guidance_scale is None else guidance_scale
+
+
+def _background(values: Values, format: ImageFormat) -> tuple[str, ...]:
+    if values.text("background") != "transparent":
+        return ()
+    if format == "jpeg":
+        raise RequestError("background 'transparent' needs output_format png or webp.", param="background")
+    return ("The served model draws opaque pictures; the background is not transparent.",)
+
+
+def _only_on_a_stream(values: Values, stream: bool, ignored: list[str]) -> int:
+    partial_images = values.int("partial_images") or 0
+    if not stream:
+        if partial_images:
+            ignored.append("partial_images")
+        if values.flag("stream_progress"):
+            ignored.append("stream_progress")
+        return 0
+    return partial_images
+
+
+def _response_format(values: Values, model: str, stream: bool, ignored: list[str]) -> ResponseFormat:
+    asked = values.text("response_format")
+    if stream:
+        # OpenAI's events always carry the picture itself.
+        if asked == "url":
+            ignored.append("response_format")
+        return "b64_json"
+    if asked is None:
+        asked = "url" if model.lower().startswith("dall-e") else "b64_json"
+    return "url" if asked == "url" else "b64_json"

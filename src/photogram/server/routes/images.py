@@ -1,0 +1,168 @@
+"""`POST /v1/images/generations`, plain and streamed, and `GET /v1/images/{id}/content`."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Iterable
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from ...core.config import ServeConfig
+from ...storage import Storage
+from ..answers import header_text
+from ..body import read_body
+from ..border import owner_of
+from ..events import EventStream, event, unless_gone
+from ..fields import Field, coerce
+from ..files import file_answer
+from ..forms import BodyLimits
+from ..resolve import ImagesCall, Resolver
+from ..schemas import (
+    MAX_IMAGES,
+    CompletedImage,
+    ImageItem,
+    ImagesAnswer,
+    PartialImage,
+    StreamedProgress,
+    TokenDetails,
+    Usage,
+)
+from ..service import Group, Made, Partial, Service, Stepped
+from . import with_and_without_v1
+
+_VARIANT = Field(name="variant", kind="int", low=0, high=MAX_IMAGES - 1, help="Which picture of the request.")
+# What nginx logs for a client that hung up; nobody reads it.
+_CLIENT_GONE = 499
+
+
+def image_routes(config: ServeConfig, service: Service, storage: Storage, resolver: Resolver) -> list[Route]:
+    limits = BodyLimits(upload_bytes=config.max_upload_mb * 1_000_000)
+
+    async def create(request: Request) -> Response:
+        card = service.card()
+        with await read_body(request, limits) as body:
+            if "model" in request.path_params:
+                body.fields.setdefault("model", request.path_params["model"])
+            owner = owner_of(request)
+            call = resolver.images(body.fields, card, owner)
+            ignored = dict.fromkeys((*call.ignored, *body.shadowed, *(upload.name for upload in body.uploads)))
+        group = await service.begin(call)
+        if call.stream:
+            return EventStream(request, _events(call, group), _headers(ignored, call.warnings), closing=group.cancel)
+        try:
+            made = await unless_gone(request, group.all_made())
+        finally:
+            group.cancel()
+        if made is None:
+            return Response(status_code=_CLIENT_GONE)
+        warnings = dict.fromkeys((*call.warnings, *(text for one in made for text in one.warnings)))
+        answer = _answer(call, made, config.public_url)
+        # Base64 of ten large pictures takes long enough to be felt by others.
+        data = await asyncio.to_thread(msgspec.json.encode, answer)
+        return Response(data, headers=_headers(ignored, warnings), media_type="application/json")
+
+    async def content(request: Request) -> Response:
+        variant = coerce(request.query_params.get("variant"), _VARIANT, "variant")
+        record = await service.finished_image(request.path_params["image_id"], owner_of(request), variant)
+        return await file_answer(request, record, storage)
+
+    return [
+        *with_and_without_v1("/images/generations", create, ["POST"]),
+        Route("/openai/deployments/{model}/images/generations", create, methods=["POST"]),
+        Route("/openai/images/generations", create, methods=["POST"]),
+        Route("/openai/v1/images/generations", create, methods=["POST"]),
+        *with_and_without_v1("/images/{image_id}/content", content),
+    ]
+
+
+def _headers(ignored: Iterable[str], warnings: Iterable[str]) -> dict[str, str]:
+    texts = {"x-photogram-ignored": header_text(ignored), "x-photogram-warning": header_text(warnings, " ")}
+    return {name: text for name, text in texts.items() if text}
+
+
+def _answer(call: ImagesCall, made: list[Made], public_url: str | None) -> ImagesAnswer:
+    by_url = call.response_format == "url"
+    return ImagesAnswer(
+        created=int(time.time()),
+        data=[
+            ImageItem(
+                b64_json=None if by_url else one.data,
+                url=_url(one.image_id, public_url) if by_url else None,
+                id=one.image_id,
+                seed=one.seed,
+                generated_size=one.generated_size,
+            )
+            for one in made
+        ],
+        background="opaque",
+        output_format=call.format,
+        quality=call.echoed_quality,
+        size=str(call.size),
+        usage=_usage(made),
+    )
+
+
+def _url(image_id: str, public_url: str | None) -> str:
+    return f"{(public_url or '').rstrip('/')}/v1/images/{image_id}/content"
+
+
+def _usage(made: Iterable[Made]) -> Usage:
+    text_tokens = sum(one.prompt_tokens for one in made)
+    image_tokens = sum(one.image_tokens for one in made)
+    return Usage(
+        input_tokens=text_tokens,
+        output_tokens=image_tokens,
+        total_tokens=text_tokens + image_tokens,
+        input_tokens_details=TokenDetails(image_tokens=0, text_tokens=text_tokens),
+        output_tokens_details=TokenDetails(image_tokens=image_tokens, text_tokens=0),
+    )
+
+
+async def _events(call: ImagesCall, group: Group) -> AsyncGenerator[bytes, None]:
+    """Yield the server-sent events of a call: partial pictures as they come, one `completed` for each picture."""
+    quality = call.echoed_quality or "auto"
+    async for outcome in group.outcomes():
+        match outcome:
+            case Partial():
+                partial = PartialImage(
+                    b64_json=outcome.data,
+                    created_at=int(time.time()),
+                    size=str(call.size),
+                    quality=quality,
+                    background="opaque",
+                    output_format=call.format,
+                    partial_image_index=outcome.number,
+                    index=outcome.index,
+                )
+                yield event(partial.type, partial)
+            case Stepped() if call.stream_progress:
+                progress = outcome.progress
+                step = StreamedProgress(
+                    index=outcome.index,
+                    phase=progress.phase,
+                    step=progress.step,
+                    num_steps=progress.num_steps,
+                    fraction=progress.fraction,
+                    eta_s=progress.eta_s,
+                )
+                yield event(step.type, step)
+            case Made():
+                completed = CompletedImage(
+                    b64_json=outcome.data,
+                    created_at=int(time.time()),
+                    size=str(call.size),
+                    quality=quality,
+                    background="opaque",
+                    output_format=call.format,
+                    usage=_usage([outcome]),
+                    index=outcome.index,
+                    id=outcome.image_id,
+                    seed=outcome.seed,
+                    generated_size=outcome.generated_size,
+                    warnings=outcome.warnings,
+                )
+                yield event(completed.type, completed)

@@ -1,0 +1,118 @@
+"""What is served: `GET /models` in the seed's shape, `GET /v1/models` in OpenAI's, and SGLang's information routes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from ... import __version__
+from ...core.card import ModelCard
+from ...core.errors import NotFound
+from ...engine import Engine
+from ..answers import json_answer
+from ..schemas import Model, ModelFacts, ModelInfo, ModelList, ServerInfo
+from ..service import loaded_card
+
+_DENOISERS = ("transformer", "unet", "prior", "decoder")
+_VAES = ("vae", "vqvae", "movq", "audio_vae")
+
+
+def model_routes(engine: Engine, model_path: str, started_at: int, num_jobs: Callable[[], int]) -> list[Route]:
+    """Return the routes that describe the served model; those that need its card are 503 until it is loaded."""
+
+    async def facts(request: Request) -> Response:
+        return json_answer(facts_of(loaded_card(engine)))
+
+    async def listing(request: Request) -> Response:
+        return json_answer(ModelList(data=[model_of(loaded_card(engine), started_at)]))
+
+    async def one(request: Request) -> Response:
+        card, asked = loaded_card(engine), request.path_params["model"]
+        if asked not in (card.name, card.model_path):
+            raise NotFound(f"The model '{asked[:200]}' does not exist.", param="model", code="model_not_found")
+        return json_answer(msgspec.structs.replace(model_of(card, started_at), id=asked))
+
+    async def model_info(request: Request) -> Response:
+        return json_answer(info_of(loaded_card(engine)))
+
+    async def model_path_only(request: Request) -> Response:
+        return json_answer({"model_path": model_path})
+
+    async def server_info(request: Request) -> Response:
+        card = engine.card
+        return json_answer(
+            ServerInfo(
+                version=__version__,
+                model_path=model_path,
+                served_model_name=None if card is None else card.name,
+                state=engine.status.state,
+                num_jobs=num_jobs(),
+                num_gpus=0 if card is None else card.num_gpus,
+            )
+        )
+
+    async def version(request: Request) -> Response:
+        return json_answer({"version": __version__})
+
+    return [
+        Route("/models", facts),
+        Route("/v1/models", listing),
+        Route("/v1/models/{model:path}", one),
+        Route("/models/{model:path}", one),
+        Route("/model_info", model_info),
+        Route("/v1/model_info", model_path_only),
+        Route("/server_info", server_info),
+        Route("/v1/server_info", server_info),
+        Route("/version", version),
+        Route("/v1/version", version),
+    ]
+
+
+def facts_of(card: ModelCard) -> ModelFacts:
+    return ModelFacts(
+        model_path=card.model_path,
+        task_type=card.tasks[0],
+        supported_task_types=card.tasks,
+        pipeline_name=card.pipeline_name,
+        pipeline_class=card.pipeline_class,
+        num_gpus=card.num_gpus,
+        dit_precision=_precision(card, _DENOISERS),
+        vae_precision=_precision(card, _VAES),
+    )
+
+
+def model_of(card: ModelCard, created: int) -> Model:
+    facts = facts_of(card)
+    return Model(
+        id=card.name,
+        created=created,
+        root=card.name,
+        media=card.media,
+        default_size=f"{card.default_width}x{card.default_height}",
+        default_steps=card.default_steps,
+        default_guidance_scale=card.default_guidance,
+        takes_negative_prompt=card.takes_negative_prompt,
+        takes_guidance_scale=card.takes_guidance,
+        parameters=dict(card.parameters),
+        **msgspec.structs.asdict(facts),
+    )
+
+
+def info_of(card: ModelCard) -> ModelInfo:
+    return ModelInfo(
+        model_path=card.model_path,
+        architectures=[card.pipeline_class],
+        has_image_understanding=card.max_input_images > 0,
+        task_type=card.tasks[0],
+        supported_task_types=card.tasks,
+        output_types=[card.media.upper()],
+        is_image_gen=card.media == "image",
+    )
+
+
+def _precision(card: ModelCard, components: tuple[str, ...]) -> str | None:
+    return next((card.precisions[name] for name in components if name in card.precisions), None)

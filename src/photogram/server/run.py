@@ -1,0 +1,304 @@
+"""`photogram serve` as one coroutine: builds the host's parts, listens, and ends in good order.
+
+The port is bound before anything else, and `/health` is answered before the rest is even imported.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import hashlib
+import logging
+import os
+import shutil
+import socket
+import stat
+import tempfile
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+import uvicorn
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from ..core.card import ModelCard
+from ..core.config import ServeConfig, parse_keep
+from ..core.errors import ConfigError, EngineLost, StorageFailed
+from ..engine import Engine
+from .problems import answer
+
+if TYPE_CHECKING:
+    from .service import Service
+
+log = logging.getLogger(__name__)
+
+EngineFactory = Callable[[ServeConfig, Path], Engine]
+"""Makes the engine from the settings and the folder for its frames."""
+
+GRACE_S = 120.0
+"""How long running jobs may go on after SIGTERM."""
+_LAST_ANSWERS_S = 10
+_SHARED_MEMORY = Path("/dev/shm")
+_ROOMY_BYTES = 512 << 20
+
+
+async def serve(
+    config: ServeConfig,
+    make_engine: EngineFactory,
+    *,
+    on_listening: Callable[[str], None] | None = None,
+    on_ready: Callable[[ModelCard], None] | None = None,
+    grace_s: float = GRACE_S,
+) -> None:
+    """Serve until SIGTERM or SIGINT; the second one does not wait for running jobs.
+
+    `on_listening` is told the server's URL once it answers, `on_ready` the card once the model is loaded. Raises
+    ConfigError when the port is taken, when the data folder cannot be used and when the model can never be served.
+    """
+    listener = bind(config.host, config.port)
+    front = _Front()
+    server = _Server(
+        uvicorn.Config(
+            front,
+            log_config=None,
+            access_log=config.log_level == "debug",
+            lifespan="off",
+            server_header=False,
+            timeout_graceful_shutdown=_LAST_ANSWERS_S,
+        )
+    )
+    listening = asyncio.create_task(server.serve(sockets=[listener]))
+    host: _Host | None = None
+    try:
+        await _until_started(server, listening)
+        if on_listening is not None:
+            on_listening(url_of(listener))
+        host = await _Host.build(config, make_engine)
+        front.app = host.app
+        await _serve_until_told(server, listening, host, on_ready, grace_s)
+    finally:
+        if host is not None:
+            await host.end_jobs()
+        server.should_exit = True
+        await listening
+        listener.close()
+        if host is not None:
+            await host.close()
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Return a listening socket. Raises ConfigError when the port is in use or the address is not ours."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    except OSError as error:
+        raise ConfigError(f"--host '{host}': {error.strerror}.") from error
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(2048)
+        listener.setblocking(False)
+    except OSError as error:
+        listener.close()
+        if error.errno == errno.EADDRINUSE:
+            raise ConfigError(f"port {port} is in use; choose another with --port.") from error
+        raise ConfigError(f"--host {host} --port {port}: cannot listen there ({error.strerror}).") from error
+    return listener
+
+
+def url_of(listener: socket.socket) -> str:
+    """Return where a browser on this machine finds the server."""
+    host, port = listener.getsockname()[:2]
+    shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+    return f"http://{shown}:{port}"
+
+
+class _Front:
+    """What answers first: life at once, everything else once the app is there."""
+
+    def __init__(self) -> None:
+        self.app: ASGIApp | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self.app is not None:
+            await self.app(scope, receive, send)
+        elif scope["type"] == "http":
+            if scope["path"].rstrip("/") in ("/health", "/v1/health", "/liveness", "/v1/liveness"):
+                from .answers import json_answer
+
+                await json_answer({"status": "ok"})(scope, receive, send)
+            else:
+                await answer(EngineLost("The server is starting.", code="starting", retry_after_s=1))(
+                    scope, receive, send
+                )
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, but a signal asks us first: it would refuse connections while we still want to answer 503."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.told_to_stop = asyncio.Event()
+        self.told_again = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        # Not handed to uvicorn, which would raise the signal again at its end, and the exit code would not be 0.
+        told = self.told_again if self.told_to_stop.is_set() else self.told_to_stop
+        self._loop.call_soon_threadsafe(told.set)
+
+
+class _Host:
+    """The parts of the host, in the order in which they are built and closed."""
+
+    def __init__(self, config: ServeConfig, data: _Data, engine: Engine, service: Service, app: ASGIApp) -> None:
+        self.engine = engine
+        self.service = service
+        self.app = app
+        self._data = data
+        self._pruning = asyncio.create_task(data.keep_pruning(config))
+
+    @staticmethod
+    async def build(config: ServeConfig, make_engine: EngineFactory) -> _Host:
+        data = await asyncio.to_thread(_Data, config)
+        try:
+            await data.recover()
+            return _wire(config, data, make_engine)
+        except BaseException:
+            await data.close()
+            raise
+
+    async def end_jobs(self) -> None:
+        """End what still runs, so that every client gets its answer."""
+        self.service.drain()
+        await self.engine.stop(0)
+        await self.service.wait_idle()
+
+    async def close(self) -> None:
+        self._pruning.cancel()
+        await asyncio.wait({self._pruning})
+        await self._data.close()
+
+
+class _Data:
+    """What lies on disks: store, files, frames. Built in a thread, for opening a database takes its time."""
+
+    def __init__(self, config: ServeConfig) -> None:
+        from ..jobs.store import open_store
+        from ..media.pool import MediaPool
+        from ..storage.local import LocalStorage
+
+        self.store = open_store(config.data_path)
+        # Only now: the store's lock is what makes the folder of frames ours alone.
+        self.frames_dir = make_frames_dir(config.data_path)
+        self.storage = LocalStorage(config.data_path / "files")
+        self.media = MediaPool(self.frames_dir)
+
+    async def recover(self) -> None:
+        """Fail what an earlier server left unfinished: its clients are gone."""
+        for record in await self.store.fail_interrupted("image"):
+            log.warning("job %s was interrupted by the end of an earlier server", record.job_id)
+            if record.file_key is not None:
+                with suppress(StorageFailed):
+                    await self.storage.delete(record.file_key)
+
+    async def keep_pruning(self, config: ServeConfig) -> None:
+        from ..jobs.retention import keep_pruning
+
+        await keep_pruning(self.store, self.storage, parse_keep(config.keep))
+
+    async def close(self) -> None:
+        await asyncio.to_thread(self.media.close)
+        await self.storage.close()
+        await self.store.close()
+        await asyncio.to_thread(shutil.rmtree, self.frames_dir, ignore_errors=True)
+
+
+def _wire(config: ServeConfig, data: _Data, make_engine: EngineFactory) -> _Host:
+    from .app import create_app
+    from .auth import Keys, read_keys
+    from .service import Service
+
+    engine = make_engine(config, data.frames_dir)
+    service = Service(config, engine, data.store, data.storage, data.media)
+    keys = Keys(read_keys(config), config.admin_api_key)
+    if not keys.required and not config.listens_on_loopback:
+        log.warning("listening on %s without --api-key: whoever reaches this port may use the server", config.host)
+    app = create_app(config, engine, service, data.storage, keys)
+    return _Host(config, data, engine, service, app)
+
+
+def make_frames_dir(data_path: Path) -> Path:
+    """Return an empty private folder for frames: in shared memory where it has room, else beside the data.
+
+    The name follows from the data folder, so what a killed server left is found and removed by the next one.
+    """
+    name = f"photogram-{os.getuid()}-{hashlib.sha256(os.fsencode(data_path.resolve())).hexdigest()[:12]}"
+    try:
+        usage = os.statvfs(_SHARED_MEMORY)
+        roomy = usage.f_bavail * usage.f_frsize >= _ROOMY_BYTES and os.access(_SHARED_MEMORY, os.W_OK)
+    except OSError:
+        roomy = False
+    path = (_SHARED_MEMORY if roomy else data_path.resolve()) / name
+    try:
+        with suppress(FileNotFoundError):
+            status = path.lstat()
+            if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
+                return Path(tempfile.mkdtemp(prefix=f"{name}-", dir=path.parent))
+            shutil.rmtree(path)
+        path.mkdir(mode=0o700)
+    except OSError as error:
+        raise ConfigError(f"folder for frames '{path}': cannot be made ({error.strerror}).") from error
+    return path
+
+
+async def _until_started(server: _Server, listening: asyncio.Task[None]) -> None:
+    while not server.started and not listening.done():
+        await asyncio.sleep(0.005)
+
+
+async def _serve_until_told(
+    server: _Server,
+    listening: asyncio.Task[None],
+    host: _Host,
+    on_ready: Callable[[ModelCard], None] | None,
+    grace_s: float,
+) -> None:
+    await host.engine.start()
+    ready = asyncio.create_task(host.engine.wait_ready())
+    told = asyncio.create_task(server.told_to_stop.wait())
+    try:
+        await asyncio.wait({ready, told, listening}, return_when=asyncio.FIRST_COMPLETED)
+        if ready.done():
+            card = ready.result()
+            if on_ready is not None:
+                on_ready(card)
+        await asyncio.wait({told, listening}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in (ready, told):
+            task.cancel()
+        await asyncio.wait({ready, told})
+    if not listening.done():
+        await _drain(server, host, grace_s)
+
+
+async def _drain(server: _Server, host: _Host, grace_s: float) -> None:
+    """Answer 503 to what comes, and let what runs finish; a second signal ends the waiting."""
+    log.info("stopping: %d jobs unfinished", host.service.num_jobs)
+    host.service.drain()
+
+    async def finish() -> None:
+        await host.engine.stop(grace_s)
+        await host.service.wait_idle()
+
+    finishing, again = asyncio.create_task(finish()), asyncio.create_task(server.told_again.wait())
+    try:
+        await asyncio.wait({finishing, again}, return_when=asyncio.FIRST_COMPLETED)
+        if finishing.done():
+            finishing.result()
+    finally:
+        for task in (finishing, again):
+            task.cancel()
+        await asyncio.wait({finishing, again})

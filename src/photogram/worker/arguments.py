@@ -1,0 +1,83 @@
+"""A request as keyword arguments of its pipeline's call, and the call's result as pixels."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+from ..core.errors import GenerationFailed
+from ..core.request import GenerateRequest
+from ..models.derive import guidance_parameter
+
+
+def call_arguments(pipeline: DiffusionPipeline, request: GenerateRequest) -> dict[str, Any]:
+    """Return the keyword arguments of one job; only those its pipeline has, with a generator of the job's own.
+
+    The generator is the CPU's whatever the device, so that a seed gives the same noise everywhere.
+    """
+    parameters = inspect.signature(type(pipeline).__call__).parameters
+    arguments: dict[str, Any] = {
+        "prompt": request.prompt,
+        "width": request.width,
+        "height": request.height,
+        "num_inference_steps": request.num_inference_steps,
+        "generator": torch.Generator("cpu").manual_seed(request.seed),
+        "output_type": "pt",
+        "return_dict": False,
+        # Some pipelines (Sana) would draw at a size of their own choice and scale the result.
+        "use_resolution_binning": False,
+    }
+    if request.negative_prompt is not None:
+        arguments["negative_prompt"] = request.negative_prompt
+    guidance = guidance_parameter(parameters)
+    if guidance is not None and request.guidance_scale is not None:
+        arguments[guidance] = request.guidance_scale
+    if request.num_frames is not None:
+        arguments["num_frames"] = request.num_frames
+    if request.fps is not None:
+        arguments["frame_rate"] = request.fps
+    if request.images:
+        images = [_open(path) for path in request.images]
+        arguments["image"] = images[0] if len(images) == 1 else images
+    arguments |= request.extra
+    return {name: value for name, value in arguments.items() if name in parameters}
+
+
+def for_two_prompts(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of the same call made for two prompts, as the stacker learns from it."""
+    doubled = dict(arguments)
+    for name in ("prompt", "negative_prompt"):
+        if name in doubled and doubled[name] is not None:
+            doubled[name] = [doubled[name], doubled[name]]
+    doubled["generator"] = [torch.Generator("cpu").manual_seed(seed) for seed in (0, 1)]
+    return doubled
+
+
+def to_frames(result: Any) -> np.ndarray:
+    """Return a pipeline's result as uint8 RGB (F, H, W, C); an image is one frame.
+
+    Raises GenerationFailed for pixels that are no numbers and for results of unknown kinds.
+    """
+    pixels = result[0] if isinstance(result, tuple) else result
+    if isinstance(pixels, list):
+        pixels = torch.stack(pixels)
+    if not isinstance(pixels, torch.Tensor):
+        raise GenerationFailed(f"The pipeline returned {type(pixels).__name__}, not pixels.")
+    if pixels.dim() == 5:  # (B, F, C, H, W)
+        pixels = pixels[0]
+    if not torch.isfinite(pixels).all():
+        raise GenerationFailed("The model's output is not a number (NaN or infinite); try fp32 or other settings.")
+    # As diffusers' numpy_to_pil does it, on the device: a quarter of the bytes to copy.
+    as_bytes = (pixels.float().clamp(0, 1) * 255).round().to(torch.uint8)
+    return as_bytes.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+def _open(path: str) -> Image.Image:
+    with Image.open(path) as picture:
+        return picture.convert("RGB")

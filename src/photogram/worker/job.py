@@ -1,0 +1,94 @@
+"""One job in the worker: its fiber, its own pipeline, and what is noted of it while it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..core.messages import Phase
+from ..core.request import GenerateRequest
+from .arguments import call_arguments
+from .digest import DigestMemo
+from .fibers import Call, Fiber
+from .loading import ServedPipeline
+from .solver_watch import EstimateSolver, SolverWatch
+from .stacking import Stackable
+
+
+@dataclass(slots=True, kw_only=True)
+class Answers:
+    """What big modules answered a job, as far as a replay of its pipeline's end needs it."""
+
+    encoded: list[Any] = field(default_factory=list)  # in the order of the calls
+    denoised: list[Any] = field(default_factory=list)  # of the step `denoised_step`
+    denoised_step: int = 0
+
+    def note(self, call: Call, answer: Any, step: int) -> None:
+        if call.module.phase(call.method) == "encode":
+            self.encoded.append(answer)
+        elif call.module.is_denoiser:
+            if step != self.denoised_step:
+                self.denoised.clear()
+                self.denoised_step = step
+            self.denoised.append(answer)
+
+
+class Job:
+    """A request being drawn. The fiber is made at once and runs when the scheduler says so."""
+
+    def __init__(self, request: GenerateRequest, served: ServedPipeline, arrived_at: float) -> None:
+        self.request = request
+        self.arrived_at = arrived_at
+        self.started_at: float | None = None
+        self.phase: Phase = "queued"
+        self.digest = DigestMemo()
+        self.call: Call | None = None  # the pending one
+        self.stackable: Stackable | None = None
+        self.to_remember: list[tuple[Hashable, Any]] = []  # answers whose reading is not over
+        self.fraction = 0.0
+        self.calls_run = 0
+        self.calls_shared = 0
+        self.largest_batch = 1
+        self.num_previews = 0
+        self.answers = Answers() if request.partial_images else None
+        pipeline = served.for_job()
+        self.arguments = call_arguments(pipeline, request)
+        self.watch = SolverWatch(pipeline, num_estimates=request.partial_images)
+        self.fiber = Fiber(lambda: pipeline(**self.arguments))
+
+    @property
+    def job_id(self) -> str:
+        return self.request.job_id
+
+
+def replay(job: Job, served: ServedPipeline, estimate: torch.Tensor) -> Any:
+    """Return what the job's pipeline makes of `estimate` as its final latents.
+
+    Runs the same pipeline call again with a solver that answers every step with the estimate and with every big
+    call but the decoder's answered from what the job noted: unpacking, scaling and decoding are the pipeline's own.
+    With the last estimate this is the final picture, bit for bit.
+    """
+    pipeline = served.for_job()
+    EstimateSolver(pipeline, estimate)
+    arguments = call_arguments(pipeline, job.request)
+    fiber = Fiber(lambda: pipeline(**arguments))
+    num_encoded = num_denoised = 0
+    outcome = fiber.resume()
+    try:
+        while isinstance(outcome, Call):
+            call = outcome
+            if call.module.is_denoiser:
+                answer = job.answers.denoised[num_denoised % len(job.answers.denoised)]
+                num_denoised += 1
+            elif call.module.phase(call.method) == "decode":
+                answer = call.module.run(call, job.job_id)
+            else:
+                answer = job.answers.encoded[num_encoded]
+                num_encoded += 1
+            outcome = fiber.resume(answer)
+    finally:
+        fiber.close()
+    return outcome.value

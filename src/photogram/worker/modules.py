@@ -1,0 +1,137 @@
+"""The pipeline's big modules, each method of which is a suspension point.
+
+The one adapter that replaces methods of diffusers and transformers objects.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.hooks import HookRegistry
+from diffusers.hooks.hooks import StateManager
+from diffusers.models.cache_utils import CacheMixin
+
+from .fibers import Call, Fiber
+
+CallPhase = Literal["encode", "denoise", "decode"]
+
+# What pipelines call instead of `forward`.
+ENTRY_METHODS = ("forward", "encode", "decode", "generate", "get_image_features", "get_text_features")
+
+
+class BigModule:
+    """One component whose calls are scheduled.
+
+    Outside a fiber its methods are the real ones, so code of the worker's loop, and a module's calls of itself,
+    are not suspended.
+    """
+
+    def __init__(self, name: str, module: torch.nn.Module) -> None:
+        self.name = name
+        self.module = module
+        self.real: dict[str, Callable[..., Any]] = {}
+        self.signatures: dict[str, inspect.Signature] = {}
+        self.is_denoiser = _is_denoiser(name, module)
+        for method in ENTRY_METHODS:
+            if callable(getattr(type(module), method, None)):
+                self._suspend_at(method)
+        if isinstance(module, CacheMixin):
+            self._keep_cache_contexts_apart(module)
+
+    def phase(self, method: str) -> CallPhase:
+        if self.is_denoiser:
+            return "denoise"
+        return "decode" if method == "decode" else "encode"
+
+    def run(self, call: Call, context_owner: str) -> Any:
+        """Run the real method, under the autocast and step-cache context that the pipeline had around its call.
+
+        `context_owner` keeps the step caches of two jobs apart.
+        """
+        with ExitStack() as stack:
+            if call.autocast is not None:
+                stack.enter_context(torch.autocast(call.autocast.device_type, dtype=call.autocast.dtype))
+            if self.caches_steps and call.cache_context is not None:
+                name, fields = call.cache_context
+                stack.enter_context(CacheMixin.cache_context(self.module, f"{context_owner}/{name}", **fields))
+            return self.real[call.method](*call.args, **call.kwargs)
+
+    @property
+    def caches_steps(self) -> bool:
+        return isinstance(self.module, CacheMixin) and self.module.is_cache_enabled
+
+    def forget(self, context_owner: str) -> None:
+        """Drop one job's step caches. diffusers' own reset would drop those of all jobs."""
+        if not self.caches_steps:
+            return
+        prefix = f"{context_owner}/"
+        for child in self.module.modules():
+            registry = getattr(child, "_diffusers_hook", None)
+            if not isinstance(registry, HookRegistry):
+                continue
+            for hook in registry.hooks.values():
+                for manager in vars(hook).values():
+                    if isinstance(manager, StateManager):
+                        for name in [name for name in manager._state_cache if name.startswith(prefix)]:
+                            del manager._state_cache[name]
+
+    def _suspend_at(self, method: str) -> None:
+        real = getattr(self.module, method)
+
+        # Pipelines look at `inspect.signature(module.forward)`; `wraps` keeps it readable.
+        @functools.wraps(real)
+        def suspended(*args: Any, **kwargs: Any) -> Any:
+            fiber = Fiber.current()
+            if fiber is None:
+                return real(*args, **kwargs)
+            return fiber.suspend(Call(module=self, method=method, args=args, kwargs=kwargs))
+
+        self.real[method] = real
+        self.signatures[method] = inspect.signature(real)
+        setattr(self.module, method, suspended)
+
+    def _keep_cache_contexts_apart(self, module: CacheMixin) -> None:
+        """Note the context a pipeline asks for; it is set, under the job's name, around the real call only.
+
+        And keep the module's reset from the pipelines: each ends with one that would empty the caches of all jobs.
+        """
+
+        @contextmanager
+        def noted(name: str, **fields: Any) -> Iterator[None]:
+            fiber = Fiber.current()
+            if fiber is None:
+                with CacheMixin.cache_context(module, name, **fields):
+                    yield
+                return
+            outer, fiber.cache_context = fiber.cache_context, (name, fields)
+            try:
+                yield
+            finally:
+                fiber.cache_context = outer
+
+        module.cache_context = noted
+        module._reset_stateful_cache = _keep
+
+
+def _keep(recurse: bool = True) -> None:
+    """Stands in for a module's `_reset_stateful_cache`."""
+
+
+def _is_denoiser(name: str, module: torch.nn.Module) -> bool:
+    # The names diffusers gives the module that its loop calls.
+    return name.startswith(("transformer", "unet", "prior", "decoder", "controlnet")) and "encoder" not in name
+
+
+def big_modules(pipeline: DiffusionPipeline) -> Mapping[str, BigModule]:
+    """Make every network of the pipeline a suspension point; call once, after step caches were switched on."""
+    return {
+        name: BigModule(name, component)
+        for name, component in pipeline.components.items()
+        if isinstance(component, torch.nn.Module)
+    }

@@ -1,0 +1,61 @@
+"""Keeps the CPU from running far ahead of the device, and times passes without waiting for them.
+
+Launches are asynchronous: without a bound a whole job would be queued on the GPU before anything else got a turn,
+and no pre-emption would help. On the CPU a call is over when it returns.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+# Passes on the device at once: one runs while the next is launched.
+MAX_IN_FLIGHT = 2
+
+
+@dataclass(frozen=True, slots=True)
+class _Pass:
+    start: torch.cuda.Event
+    end: torch.cuda.Event
+    report: Callable[[float], None]
+
+
+class Pace:
+    """Times passes; at most `MAX_IN_FLIGHT` of them are on the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._in_flight: deque[_Pass] = deque()
+
+    def wait_for_room(self) -> None:
+        """Wait until fewer than the bound are in flight, and report the seconds of those that are over."""
+        while self._in_flight and (len(self._in_flight) >= MAX_IN_FLIGHT or self._in_flight[0].end.query()):
+            oldest = self._in_flight.popleft()
+            oldest.end.synchronize()
+            oldest.report(oldest.start.elapsed_time(oldest.end) / 1000)
+
+    @contextmanager
+    def measured(self, report: Callable[[float], None]) -> Iterator[None]:
+        """Time what is launched inside; `report` is given its seconds, at once on the CPU, later on a GPU."""
+        if self._device.type != "cuda":
+            started = time.perf_counter()
+            yield
+            report(time.perf_counter() - started)
+            return
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        yield
+        end.record()
+        self._in_flight.append(_Pass(start, end, report))
+
+    def release_memory(self) -> None:
+        """Give cached device memory back after a pass that did not fit."""
+        if self._device.type == "cuda":
+            self._in_flight.clear()
+            torch.cuda.synchronize(self._device)
+            torch.cuda.empty_cache()

@@ -1,0 +1,52 @@
+"""One short generation before the worker says it is ready: allocations, kernels and the stacker's first lesson."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from pathlib import Path
+
+from ..core.errors import ConfigError, OutOfMemory
+from ..core.messages import Failed, Finished, ToHost
+from ..core.request import GenerateRequest
+from .worker import Worker, run_until_idle
+
+logger = logging.getLogger(__name__)
+
+WARM_UP_STEPS = 2
+
+
+def warm_up(worker: Worker) -> None:
+    """Draw one picture or clip at the default size with the fewest steps; a failure is logged, not fatal.
+
+    Clients may well ask for sizes that fit where the default does not. Only a step cache that the denoiser cannot
+    run with (diffusers offers it for more models than it works for) raises ConfigError.
+    """
+    card = worker.served.card
+    if card.tasks[0] in ("I2I", "I2V"):
+        return  # nothing to be drawn without a picture
+    messages: list[ToHost] = []
+    request = GenerateRequest(
+        job_id=f"warm-up-{secrets.token_hex(4)}",
+        owner="warm-up",
+        task=card.tasks[0],
+        prompt="a lighthouse at dawn",
+        width=card.default_width,
+        height=card.default_height,
+        num_frames=card.default_frames,
+        fps=card.default_fps,
+        num_inference_steps=min(WARM_UP_STEPS, card.default_steps),
+        guidance_scale=card.default_guidance,
+        seed=0,
+    )
+    with worker.heard_by(messages.append):
+        worker.submit(request)
+        run_until_idle(worker)
+    for message in messages:
+        if isinstance(message, Finished):
+            Path(message.frames.path).unlink()
+            logger.info("warm after %.2f s", message.run_s)
+        elif isinstance(message, Failed):
+            if worker.caches_steps and message.code != OutOfMemory.code:
+                raise ConfigError(f"--step-cache: this model does not run with it ({message.message})")
+            logger.warning("the warm-up failed: %s", message.message)

@@ -1,0 +1,379 @@
+"""The loop: takes the scheduler's decisions, runs the calls they name, and resumes the fibers with the answers."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+
+from ..core.config import WorkerConfig
+from ..core.errors import GenerationFailed, OutOfMemory, RequestError, ServiceError
+from ..core.messages import Began, Failed, Finished, Preview, Progress, ToHost
+from ..core.request import GenerateRequest
+from ..scheduler import JobTicket, PendingCall, Run, Scheduler, SchedulerConfig, Start
+from .arguments import for_two_prompts, to_frames
+from .fibers import Call, Fiber, Returned
+from .frame_store import FrameStore
+from .job import Job, replay
+from .loading import ServedPipeline
+from .memory import DeviceLost, device_error
+from .pace import Pace
+from .prompt_cache import PromptCache, readable
+from .stacking import Stacker
+from .tokens import count_tokens
+
+logger = logging.getLogger(__name__)
+
+# Shares of a job's progress that lie before the first step and after the last.
+ENCODE_SHARE, DECODE_SHARE = 0.03, 0.05
+
+
+class Worker:
+    """Runs jobs of one served pipeline; `turn` takes one decision of the scheduler.
+
+    `emit` is given every message for the host. Single-threaded: submit, cancel and turn are called by one thread.
+    """
+
+    def __init__(
+        self, served: ServedPipeline, config: WorkerConfig, emit: Callable[[ToHost], None], clock: Callable[[], float]
+    ) -> None:
+        self.served = served
+        self.stacker = Stacker()
+        self.prompt_cache = PromptCache(config.prompt_cache_bytes)
+        self.jobs: dict[str, Job] = {}
+        self._deterministic = config.deterministic
+        self._emit = emit
+        self._clock = clock
+        self._frames = FrameStore(config.frames_dir)
+        self._pace = Pace(served.device)
+        self._scheduler = Scheduler(
+            SchedulerConfig(
+                max_batch_size=config.max_batch_size,
+                max_live_jobs=1 if served.runs_alone else config.max_live_jobs,
+            )
+        )
+
+    @contextmanager
+    def heard_by(self, emit: Callable[[ToHost], None]) -> Iterator[None]:
+        """Send messages elsewhere for a while (the warm-up's are not for the host)."""
+        self._emit, hosts = emit, self._emit
+        try:
+            yield
+        finally:
+            self._emit = hosts
+
+    # --- what the host asks
+
+    def submit(self, request: GenerateRequest) -> None:
+        """Queue a job. A request that cannot even be prepared fails at once."""
+        now = self._clock()
+        try:
+            job = Job(request, self.served, now)
+        except Exception as error:
+            self._emit(self._failure(request.job_id, error))
+            return
+        self.jobs[request.job_id] = job
+        pixels = request.width * request.height * (request.num_frames or 1)
+        self._scheduler.submit(
+            JobTicket(
+                job_id=request.job_id,
+                owner=request.owner,
+                priority=request.priority,
+                arrived_at=now,
+                expected_steps=request.num_inference_steps,
+                size_hint=pixels,
+                kind=f"{request.task} {'guided' if (request.guidance_scale or 0) > 1 else 'plain'}",
+                batchable=not self._runs_alone(request),
+            ),
+            now,
+        )
+
+    def cancel(self, job_id: str) -> None:
+        """End a job where it waits; unknown ids are ignored."""
+        job = self.jobs.get(job_id)
+        if job is None:
+            return
+        self._end(job)
+        self._emit(Failed(job_id, "cancelled", "The job was cancelled."))
+
+    @property
+    def caches_steps(self) -> bool:
+        return any(module.caches_steps for module in self.served.modules.values())
+
+    # --- the loop
+
+    def turn(self) -> bool:
+        """Take one decision and carry it out; False when there is nothing to do."""
+        now = self._clock()
+        plan = self._scheduler.next_plan(now)
+        match plan:
+            case None:
+                return False
+            case Start(job_id=job_id):
+                self._start(self.jobs[job_id], now)
+            case Run():
+                self._run(plan)
+        return True
+
+    def _start(self, job: Job, now: float) -> None:
+        job.started_at = now
+        self._proceed(job, job.fiber.resume)
+        self._scheduler.ran(Start(job.job_id), self._clock() - now, self._clock())
+
+    def _run(self, plan: Run) -> None:
+        jobs = [self.jobs[job_id] for job_id in plan.job_ids]
+        calls = [job.call for job in jobs]
+        for job in jobs:
+            job.calls_run += 1
+        self._emit(Began(plan.job_ids, calls[0].module.name, self._scheduler.expected_s(plan)))
+        self._pace.wait_for_room()
+        started = self._clock()
+        try:
+            with self._pace.measured(lambda seconds: self._ran(plan, seconds)):
+                answers = self._answers(jobs)
+        except Exception as error:
+            self._could_not_run(plan, jobs, error, self._clock() - started)
+            return
+        for job, call, answer in zip(jobs, calls, answers, strict=True):
+            job.calls_shared += len(jobs) > 1
+            job.largest_batch = max(job.largest_batch, len(jobs))
+            self._proceed(job, partial(job.fiber.resume, self._noted(job, call, answer)))
+
+    def _ran(self, plan: Run, seconds: float) -> None:
+        self._scheduler.ran(plan, seconds, self._clock())
+
+    def _answers(self, jobs: list[Job]) -> list[Any]:
+        if len(jobs) == 1:
+            return [jobs[0].call.module.run(jobs[0].call, jobs[0].job_id)]
+        return self.stacker.run(
+            [job.call for job in jobs], [job.stackable for job in jobs], [job.job_id for job in jobs]
+        )
+
+    def _could_not_run(self, plan: Run, jobs: list[Job], error: Exception, seconds: float) -> None:
+        """A call failed: the device is lost, a batch did not fit and is cut, or the job hears of it."""
+        error = device_error(error, self.served.device)
+        if isinstance(error, DeviceLost):
+            raise error
+        out_of_memory = isinstance(error, OutOfMemory)
+        if out_of_memory:
+            # The traceback holds the failed pass's tensors.
+            error.__traceback__ = error.__cause__ = error.__context__ = None
+            self._pace.release_memory()
+        self._scheduler.ran(plan, seconds, self._clock(), out_of_memory=out_of_memory)
+        if len(jobs) > 1:
+            if not out_of_memory:
+                logger.warning("a pass of %d jobs failed, running them alone: %s", len(jobs), error)
+                self.stacker.give_up(jobs[0].stackable)
+                for job in jobs:
+                    self._wait_at(job, job.call)
+            return
+        self._proceed(jobs[0], partial(jobs[0].fiber.fail, error))
+
+    # --- fibers
+
+    def _proceed(self, job: Job, advance: Callable[[], Call | Returned]) -> None:
+        """Advance the fiber until it waits at a call that must be run, or is done."""
+        try:
+            outcome = advance()
+            self._remember(job)
+            while isinstance(outcome, Call):
+                known, answer = self._from_memory(job, outcome)
+                if not known:
+                    break
+                outcome = job.fiber.resume(answer)
+            self._remember(job)
+            self._make_preview(job)
+        except Exception as error:
+            lost = device_error(error, self.served.device)
+            if isinstance(lost, DeviceLost):
+                raise lost from error
+            self._fail(job, lost)
+            return
+        if isinstance(outcome, Call):
+            self._wait_at(job, outcome)
+            self._report(job)
+        else:
+            self._finish(job, outcome.value)
+
+    def _wait_at(self, job: Job, call: Call) -> None:
+        phase = call.module.phase(call.method)
+        job.call, job.phase = call, phase
+        job.stackable = None
+        may_stack = phase == "denoise" and call.method == "forward" and not self._runs_alone(job.request)
+        if may_stack:
+            if not self.stacker.is_known(call):
+                self.stacker.learn(call, self._same_call_for_two(job, call))
+            job.stackable = self.stacker.prepare(call, job.digest)
+        now = self._clock()
+        self._scheduler.stepped(job.job_id, job.watch.steps_done, self._num_steps(job))
+        self._scheduler.waiting(
+            job.job_id,
+            PendingCall(
+                key=job.stackable.key if job.stackable is not None else None,
+                kind=_kind(call, job.request),
+                phase=phase,
+                rows=job.stackable.num_rows if job.stackable is not None else 1,
+            ),
+            now,
+        )
+
+    def _runs_alone(self, request: GenerateRequest) -> bool:
+        return request.deterministic or self._deterministic or self.served.runs_alone
+
+    def _same_call_for_two(self, job: Job, call: Call) -> Call | None:
+        """Run the job's own code with two prompts up to the same module's first call, whose forward is not run."""
+        pipeline = self.served.for_job()
+        fiber = Fiber(lambda: pipeline(**for_two_prompts(job.arguments)))
+        try:
+            outcome = fiber.resume()
+            while isinstance(outcome, Call):
+                if outcome.module is call.module and outcome.method == call.method:
+                    return outcome
+                if outcome.module.is_denoiser:
+                    return None
+                outcome = fiber.resume(outcome.module.run(outcome, f"{job.job_id}/probe"))
+        except Exception as error:
+            lost = device_error(error, self.served.device)
+            if isinstance(lost, DeviceLost):
+                raise lost from error
+            logger.info("%s does not take two prompts: %s", type(self.served.pipeline).__name__, error)
+        finally:
+            fiber.close()
+        return None
+
+    # --- memory of answers
+
+    def _from_memory(self, job: Job, call: Call) -> tuple[bool, Any]:
+        if call.module.phase(call.method) != "encode":
+            return False, None
+        key = self.prompt_cache.key(call)
+        answer = self.prompt_cache.get(key) if key is not None else None
+        if answer is None:
+            return False, None
+        return True, self._note_for_replay(job, call, answer)
+
+    def _noted(self, job: Job, call: Call, answer: Any) -> Any:
+        """Note an answer where it may be wanted again, and return it as the fiber is to have it."""
+        if call.module.phase(call.method) == "encode":
+            key = self.prompt_cache.key(call)
+            if key is not None:
+                answer = readable(call, answer)
+                job.to_remember.append((key, answer))
+        return self._note_for_replay(job, call, answer)
+
+    def _note_for_replay(self, job: Job, call: Call, answer: Any) -> Any:
+        if job.answers is not None:
+            job.answers.note(call, answer, job.watch.steps_done)
+        return answer
+
+    def _remember(self, job: Job) -> None:
+        """Keep the answers that the pipeline has read by now: it is at its next call."""
+        for key, answer in job.to_remember:
+            self.prompt_cache.put(key, answer)
+        job.to_remember.clear()
+
+    # --- what the host hears
+
+    def _num_steps(self, job: Job) -> int:
+        return job.watch.num_steps or job.request.num_inference_steps
+
+    def _report(self, job: Job) -> None:
+        done, num_steps = job.watch.steps_done, self._num_steps(job)
+        share = {"encode": 0.0, "denoise": ENCODE_SHARE, "decode": 1 - DECODE_SHARE}[job.phase]
+        if job.phase == "denoise":
+            share += (1 - ENCODE_SHARE - DECODE_SHARE) * min(1.0, done / num_steps)
+        job.fraction = max(job.fraction, share)
+        self._emit(
+            Progress(
+                job_id=job.job_id,
+                phase=job.phase,
+                step=done,
+                num_steps=num_steps,
+                fraction=job.fraction,
+                eta_s=self._scheduler.eta_s(job.job_id, self._clock()),
+            )
+        )
+
+    def _make_preview(self, job: Job) -> None:
+        estimate = job.watch.take_estimate()
+        if estimate is None or job.answers is None:
+            return
+        pixels = to_frames(replay(job, self.served, estimate))
+        self._emit(Preview(job.job_id, job.num_previews, self._frames.put(pixels)))
+        job.num_previews += 1
+
+    def _finish(self, job: Job, result: Any) -> None:
+        try:
+            block = self._frames.put(to_frames(result))
+        except Exception as error:
+            self._fail(job, device_error(error, self.served.device))
+            return
+        prompt_tokens, warnings = count_tokens(self.served.pipeline, job.arguments)
+        run_s = self._clock() - job.started_at
+        self._scheduler.finished(job.job_id, self._clock())
+        self._end(job)
+        logger.info(
+            "%s done: %d steps in %.2f s, %d of %d calls shared, largest batch %d",
+            job.job_id,
+            job.watch.steps_done,
+            run_s,
+            job.calls_shared,
+            job.calls_run,
+            job.largest_batch,
+        )
+        self._emit(
+            Finished(
+                job_id=job.job_id,
+                frames=block,
+                prompt_tokens=prompt_tokens,
+                image_tokens=self._image_tokens(job.request),
+                run_s=run_s,
+                warnings=tuple(warnings),
+            )
+        )
+
+    def _image_tokens(self, request: GenerateRequest) -> int:
+        """Tokens of the picture as the denoiser sees it: one for each `size_multiple` square and latent frame."""
+        card = self.served.card
+        latent_frames = 1 + ((request.num_frames or 1) - 1) // card.frame_multiple
+        return (request.width // card.size_multiple) * (request.height // card.size_multiple) * latent_frames
+
+    def _fail(self, job: Job, error: Exception) -> None:
+        self._end(job)
+        self._emit(self._failure(job.job_id, error))
+
+    def _failure(self, job_id: str, error: Exception) -> Failed:
+        if isinstance(error, ServiceError):
+            return Failed(job_id, error.code, error.message, error.param)
+        job = self.jobs.get(job_id)
+        # What a pipeline says of its arguments before any network has run is said of the request.
+        if isinstance(error, ValueError | TypeError) and (job is None or job.calls_run == 0):
+            return Failed(job_id, RequestError.code, f"The pipeline refused the request: {error}")
+        logger.error("%s failed", job_id, exc_info=error)
+        return Failed(job_id, GenerationFailed.code, f"The pipeline failed: {type(error).__name__}: {error}")
+
+    def _end(self, job: Job) -> None:
+        """Forget a job and free all it holds."""
+        self.jobs.pop(job.job_id, None)
+        self._scheduler.cancel(job.job_id)
+        job.fiber.close()
+        job.call = job.stackable = None
+        for module in self.served.modules.values():
+            module.forget(job.job_id)
+
+
+def _kind(call: Call, request: GenerateRequest) -> str:
+    """What costs the same time and memory: the same method at the same size."""
+    frames = f"x{request.num_frames}" if request.num_frames else ""
+    return f"{call.module.name}.{call.method} {request.width}x{request.height}{frames}"
+
+
+def run_until_idle(worker: Worker) -> None:
+    """Turn until nothing is left to do."""
+    with torch.inference_mode():
+        while worker.turn():
+            pass

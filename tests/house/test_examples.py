@@ -1,0 +1,85 @@
+"""The examples and the code of the docs run as they stand, against a real server."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[2]
+ADDRESS = "http://localhost:30000"
+SCRIPTS = {path.name for path in (ROOT / "examples").iterdir() if path.suffix in (".py", ".sh")}
+BLOCK = re.compile(r"(<!-- not run -->\n)?```(python|bash)\n(.*?)```", re.DOTALL)
+PAGES = [ROOT / "README.md", ROOT / "docs/tutorial.md", ROOT / "docs/api.md"]
+
+
+@pytest.fixture
+def server(request: pytest.FixtureRequest) -> str:
+    """Address of a running server, without the last slash."""
+    try:
+        address = request.getfixturevalue("live_server")
+    except pytest.FixtureLookupError:
+        pytest.skip("there is no live_server fixture")
+    return str(address).rstrip("/").removesuffix("/v1")
+
+
+def run(command: list[str], folder: Path, server: str) -> str:
+    binaries = str(Path(sys.executable).parent)
+    environ = {**os.environ, "PHOTOGRAM_URL": server, "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}"}
+    ran = subprocess.run(command, cwd=folder, env=environ, capture_output=True, text=True, timeout=240)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    return ran.stdout
+
+
+def size(path: Path) -> tuple[int, int]:
+    with Image.open(path) as picture:
+        picture.load()
+        return picture.size
+
+
+def example(name: str) -> str:
+    return str(ROOT / "examples" / name)
+
+
+def test_every_example_has_a_test() -> None:
+    tested = set(re.findall(r'example\("([^"]+)"\)', Path(__file__).read_text()))
+    assert tested == SCRIPTS
+
+
+def test_generate_image(server: str, tmp_path: Path) -> None:
+    told = run([sys.executable, example("generate_image.py"), "a red circle", "circle.png"], tmp_path, server)
+    assert "seed 7" in told
+    assert size(tmp_path / "circle.png") == (256, 256)
+
+
+def test_stream_partials(server: str, tmp_path: Path) -> None:
+    run([sys.executable, example("stream_partials.py"), "a yellow star", "frames"], tmp_path, server)
+    names = {path.name for path in (tmp_path / "frames").iterdir()}
+    assert names == {"partial-0.png", "partial-1.png", "final.png"}
+    assert {size(tmp_path / "frames" / name) for name in names} == {(256, 256)}
+
+
+def test_many_clients(server: str, tmp_path: Path) -> None:
+    told = run([sys.executable, example("many_clients.py"), "pictures"], tmp_path, server)
+    assert "8 pictures in" in told
+    assert [size(path) for path in (tmp_path / "pictures").iterdir()] == [(256, 256)] * 8
+
+
+def test_curl(server: str, tmp_path: Path) -> None:
+    run(["bash", example("curl.sh"), "output.png"], tmp_path, server)
+    assert size(tmp_path / "output.png") == (256, 256)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_code_of_a_page_runs_from_top_to_bottom(page: Path, server: str, tmp_path: Path) -> None:
+    for unwanted, language, code in BLOCK.findall(page.read_text()):
+        # Commands that install or serve are tested elsewhere; only what talks to a server is run here.
+        if unwanted or (language == "bash" and "curl" not in code):
+            continue
+        code = code.replace(ADDRESS, server)
+        command = [sys.executable, "-c", code] if language == "python" else ["bash", "-euo", "pipefail", "-c", code]
+        answer = run(command, tmp_path, server)
+        assert '"error"' not in answer, f"{code}\n{answer}"

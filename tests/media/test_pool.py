@@ -1,0 +1,127 @@
+import asyncio
+import io
+import threading
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import photogram.media.pool as pool_module
+from photogram.core.errors import EngineLost, GenerationFailed
+from photogram.core.messages import FrameBlock
+from photogram.core.request import OutputSpec
+from photogram.media.pool import MediaPool
+
+from .pictures import block, photo
+
+
+def test_a_picture_is_fitted_encoded_and_told_with_its_size(tmp_path):
+    picture = photo(64, 64)
+    pool = MediaPool(tmp_path)
+    output = OutputSpec(width=64, height=60, format="png", compression=75)
+    made = asyncio.run(pool.encode_picture(block(tmp_path, picture), output, None))
+    pool.close()
+    assert (made.content_type, made.width, made.height) == ("image/png", 64, 60)
+    with Image.open(io.BytesIO(made.data)) as image:
+        assert np.array_equal(np.asarray(image), picture[2:62])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_64_encodes_at_once_are_each_their_own_picture(tmp_path):
+    pictures = [photo(96, 64, seed=seed) for seed in range(64)]
+    formats = ["png", "jpeg", "webp"]
+
+    async def encode_all():
+        pool = MediaPool(tmp_path, num_threads=4)
+        made = await asyncio.gather(
+            *(
+                pool.encode_picture(
+                    block(tmp_path, picture, f"job{index}"),
+                    OutputSpec(width=96, height=64, format=formats[index % 3], compression=95),
+                    None,
+                )
+                for index, picture in enumerate(pictures)
+            )
+        )
+        pool.close()
+        return made
+
+    for picture, made in zip(pictures, asyncio.run(encode_all()), strict=True):
+        with Image.open(io.BytesIO(made.data)) as image:
+            error = np.abs(np.asarray(image.convert("RGB")).astype(int) - picture).mean()
+        assert error < 4
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("shape", "format"), [((2, 16, 16, 3), "png"), ((1, 16, 16, 3), "mp4")])
+def test_what_is_not_one_picture_is_a_failed_generation_and_leaves_no_frames(tmp_path, shape, format):
+    (tmp_path / "job").write_bytes(bytes(int(np.prod(shape))))
+    pool = MediaPool(tmp_path)
+    output = OutputSpec(width=16, height=16, format=format, compression=75)
+    with pytest.raises(GenerationFailed, match="one frame"):
+        asyncio.run(pool.encode_picture(FrameBlock(path=str(tmp_path / "job"), shape=shape), output, None))
+    pool.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_cancelled_encodes_leave_no_frames(tmp_path, monkeypatch):
+    gate = threading.Event()
+    encode = pool_module._encode
+
+    def wait_and_encode(*arguments):
+        gate.wait(30)
+        return encode(*arguments)
+
+    monkeypatch.setattr(pool_module, "_encode", wait_and_encode)
+
+    async def cancel_all():
+        pool = MediaPool(tmp_path, num_threads=1)
+        output = OutputSpec(width=32, height=32, format="png", compression=75)
+        tasks = [
+            asyncio.create_task(pool.encode_picture(block(tmp_path, photo(32, 32), f"job{index}"), output, None))
+            for index in range(5)
+        ]
+        await asyncio.sleep(0)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        gate.set()
+        pool.close()
+        assert all(task.cancelled() for task in tasks)
+
+    asyncio.run(cancel_all())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_closed_pool_refuses_and_leaves_no_frames(tmp_path):
+    pool = MediaPool(tmp_path)
+    pool.close()
+    output = OutputSpec(width=16, height=16, format="png", compression=75)
+    with pytest.raises(EngineLost):
+        asyncio.run(pool.encode_picture(block(tmp_path, photo(16, 16)), output, None))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_event_loop_runs_on_while_pictures_are_encoded(tmp_path, monkeypatch):
+    gate = threading.Event()
+    encode = pool_module._encode
+
+    def wait_and_encode(*arguments):
+        assert gate.wait(30)
+        return encode(*arguments)
+
+    monkeypatch.setattr(pool_module, "_encode", wait_and_encode)
+
+    async def encode_while_the_loop_turns():
+        pool = MediaPool(tmp_path, num_threads=1)
+        output = OutputSpec(width=16, height=16, format="jpeg", compression=75)
+        task = asyncio.create_task(pool.encode_picture(block(tmp_path, photo(16, 16)), output, None))
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert not task.done()
+        gate.set()  # only a loop that is not blocked gets here
+        made = await task
+        pool.close()
+        return made
+
+    assert asyncio.run(encode_while_the_loop_turns()).content_type == "image/jpeg"

@@ -1,0 +1,1 @@
+"""Trains and scores the models that ship with photogram: drawn scenes in, diffusers folders out."""
