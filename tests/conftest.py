@@ -1,6 +1,37 @@
-"""Makes the packages beside the tests importable by name."""
+"""What tests of every folder share: the packages beside them by name, folders of tiny families, a live server."""
 
+import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Bits are compared: one thread keeps the order of every sum.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+
 sys.path.insert(0, str(Path(__file__).parent))
+
+from running import Running, serve
+
+
+@pytest.fixture(scope="session")
+def families_root(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("families")
+
+
+@pytest.fixture(scope="session")
+def family_folder(families_root):
+    """Return the folder of a tiny family, made on first use."""
+    from families import folder
+
+    return lambda name: folder(name, families_root)
+
+
+@pytest.fixture(scope="session")
+def live_server(tmp_path_factory) -> Iterator[Running]:
+    """`photogram serve` with the built-in image model, warm, shared by all tests that do it no harm."""
+    server = serve(tmp_path_factory.mktemp("live"))
+    yield server
+    server.stop()

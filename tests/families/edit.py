@@ -68,6 +68,7 @@ def wan_21_i2v(folder: Path) -> None:
 
 EDIT_FAMILIES = (
     Family(
+        # Denoiser: as FLUX.1; tokens and ids of the picture follow those of the latents.
         name="flux-1-kontext",
         pipeline_class="FluxKontextPipeline",
         media="image",
@@ -85,6 +86,8 @@ EDIT_FAMILIES = (
         image="required",
     ),
     Family(
+        # Denoiser: as Qwen-Image; an entry of `img_shapes` lists the result and then each picture. The pipeline
+        # refuses two prompts in one call.
         name="qwen-image-edit-plus",
         pipeline_class="QwenImageEditPlusPipeline",
         media="image",
@@ -101,6 +104,7 @@ EDIT_FAMILIES = (
         packages=("torchvision",),
     ),
     Family(
+        # Denoiser: as Wan 2.1, with the mask and the first frame as more channels, and `encoder_hidden_states_image`.
         name="wan-2.1-i2v",
         pipeline_class="WanImageToVideoPipeline",
         media="video",

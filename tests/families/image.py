@@ -193,6 +193,7 @@ def sana(folder: Path) -> None:
 
 IMAGE_FAMILIES = (
     Family(
+        # Denoiser: `img_ids` (S, 3) and `txt_ids` (T, 3) have no batch axis; `guidance` (B,) has.
         name="flux-1",
         pipeline_class="FluxPipeline",
         media="image",
@@ -207,6 +208,7 @@ IMAGE_FAMILIES = (
         packed=True,
     ),
     Family(
+        # Denoiser: ids are (B, S, 4), of which row 0 alone is read; tokens of given pictures follow the latents.
         name="flux-2-klein",
         pipeline_class="Flux2KleinPipeline",
         media="image",
@@ -223,6 +225,8 @@ IMAGE_FAMILIES = (
         many_images=True,
     ),
     Family(
+        # Denoiser: texts in their true length; a mask only where prompts of one call differ in length; of the list
+        # `img_shapes` entry 0 alone is read.
         name="qwen-image",
         pipeline_class="QwenImagePipeline",
         media="image",
@@ -236,6 +240,7 @@ IMAGE_FAMILIES = (
         packed=True,
     ),
     Family(
+        # Denoiser: lists of latents (C, 1, H, W) and of texts in their true length, positional, prompt first.
         name="z-image",
         pipeline_class="ZImagePipeline",
         media="image",
@@ -248,6 +253,8 @@ IMAGE_FAMILIES = (
         unguided={"guidance_scale": 0.0},  # its formula is pos + scale * (pos - neg)
     ),
     Family(
+        # Denoiser: 2 rows, negative first, with a text mask. The prompt is encoded behind a long instruction (594
+        # tokens here), the negative prompt without it.
         name="sana",
         pipeline_class="SanaPipeline",
         media="image",

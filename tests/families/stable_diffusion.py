@@ -132,6 +132,7 @@ def stable_diffusion_3(folder: Path) -> None:
 
 STABLE_DIFFUSION_FAMILIES = (
     Family(
+        # Denoiser: latents and texts of 2 rows, negative first; timestep without axis. `vae.decode` gets `generator`.
         name="stable-diffusion-1.5",
         pipeline_class="StableDiffusionPipeline",
         media="image",
@@ -145,6 +146,7 @@ STABLE_DIFFUSION_FAMILIES = (
         denoisers=("unet",),
     ),
     Family(
+        # Denoiser: as 1.5, and rows in `added_cond_kwargs` (text_embeds, time_ids); the timestep has no axis.
         name="stable-diffusion-xl",
         pipeline_class="StableDiffusionXLPipeline",
         media="image",
@@ -158,6 +160,7 @@ STABLE_DIFFUSION_FAMILIES = (
         denoisers=("unet",),
     ),
     Family(
+        # Denoiser: latents, texts, pooled texts and timesteps all of 2 rows, negative first.
         name="stable-diffusion-3",
         pipeline_class="StableDiffusion3Pipeline",
         media="image",

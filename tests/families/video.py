@@ -218,6 +218,7 @@ WAN_CALL = small(num_frames=5, guidance_scale=4.0, max_sequence_length=64)
 
 VIDEO_FAMILIES = (
     Family(
+        # Denoiser: 2 rows, negative first, with a text mask; `num_frames`, `height` and `width` as ints.
         name="ltx",
         pipeline_class="LTXPipeline",
         media="video",
@@ -231,6 +232,8 @@ VIDEO_FAMILIES = (
         packed=True,
     ),
     Family(
+        # Denoiser: every argument has rows. It asks `all(image_embeds == 0)` of the whole batch. `vae.decode` fails
+        # for 2 rows (its attention mask lacks the axis of the heads).
         name="hunyuan-video-1.5",
         pipeline_class="HunyuanVideo15Pipeline",
         media="video",
@@ -243,6 +246,7 @@ VIDEO_FAMILIES = (
         guidance="guider",
     ),
     Family(
+        # Denoiser: 2 rows, negative first; `image_rotary_emb`, a pair (S, D) of tables, has no batch axis.
         name="cogvideox",
         pipeline_class="CogVideoXPipeline",
         media="video",
@@ -256,6 +260,7 @@ VIDEO_FAMILIES = (
         unguided={"guidance_scale": 1.0},
     ),
     Family(
+        # Denoiser: latents (B, C, T, H, W), texts of a fixed length, timesteps (B,); prompt first, then negative.
         name="wan-2.1",
         pipeline_class="WanPipeline",
         media="video",
@@ -282,6 +287,7 @@ VIDEO_FAMILIES = (
         denoisers=("transformer", "transformer_2"),
     ),
     Family(
+        # Denoiser: timesteps (B, S), one for each token.
         name="wan-2.2-ti2v",
         pipeline_class="WanPipeline",
         media="video",

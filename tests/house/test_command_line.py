@@ -129,8 +129,11 @@ def test_what_the_user_got_wrong_is_one_line_and_exit_code_2(arguments: list[str
 
 @pytest.mark.parametrize("command", ["serve", "generate"])
 def test_a_model_that_is_none_is_one_line_and_exit_code_2(command: str, tmp_path: Path) -> None:
-    more = ["--prompt", "x", "-o", str(tmp_path / "x.png")] if command == "generate" else ["--port", "0"]
-    refused = run(command, "--model-path", str(tmp_path), "--data-dir", str(tmp_path / "data"), *more)
+    more = {
+        "serve": ["--port", "0", "--data-dir", str(tmp_path / "data")],
+        "generate": ["--prompt", "x", "-o", str(tmp_path / "x.png")],
+    }
+    refused = run(command, "--model-path", str(tmp_path), *more[command])
     assert refused.returncode == 2
     assert "Traceback" not in refused.stderr
     assert str(tmp_path) in refused.stderr.splitlines()[-1]

@@ -59,3 +59,10 @@ def test_constraints_pin_every_dependency() -> None:
     text = (ROOT / "pyproject.toml").read_text()
     required = re.findall(r'^  "([A-Za-z0-9_.-]+)[><=]', text, re.MULTILINE)
     assert {name.lower() for name in required} <= pinned
+
+
+def test_the_server_answers_before_what_is_slow_to_import_is_imported() -> None:
+    slow = "{'sqlalchemy', 'numpy', 'PIL', 'rich', 'httpx', 'openai'}"
+    code = f"import sys, photogram.cli.serve; print(sorted({slow} & set(sys.modules)))"
+    imported = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert imported.stdout.strip() == "[]"

@@ -16,7 +16,7 @@ import httpx
 import pytest
 
 from photogram.core.errors import ConfigError
-from photogram.server.run import bind, make_frames_dir, url_of
+from photogram.server.run import bind, url_of
 
 from .conftest import wait_until
 
@@ -111,20 +111,17 @@ def test_second_signal_does_not_wait_for_running_jobs(tmp_path):
     with process(tmp_path) as running:
         url = url_from(running)
         wait_until(lambda: is_ready(url))
-        answers: list[httpx.Response] = []
-        asking = threading.Thread(
-            target=lambda: answers.append(
-                httpx.post(f"{url}/v1/images/generations", json={"prompt": "hold"}, timeout=60)
-            )
-        )
-        asking.start()
-        wait_until(lambda: httpx.get(f"{url}/server_info").json()["num_jobs"] == 1)
-        running.send_signal(signal.SIGTERM)
-        wait_until(lambda: httpx.get(f"{url}/ready").json()["state"] == "draining")
-        running.send_signal(signal.SIGTERM)
+        body = {"prompt": "hold", "stream": True, "stream_progress": True}
+        with httpx.stream("POST", f"{url}/v1/images/generations", json=body, timeout=30) as answer:
+            lines = answer.iter_lines()
+            assert next(lines) == "event: photogram.progress"
+            running.send_signal(signal.SIGTERM)
+            wait_until(lambda: httpx.get(f"{url}/ready").json()["state"] == "draining")
+            running.send_signal(signal.SIGTERM)
+            rest = list(lines)
+        assert "event: error" in rest
+        assert "shutting down" in rest[-2]
         assert running.wait(20) == 0
-        asking.join()
-        assert answers[0].status_code == 503
 
 
 def ask_in_vain(url: str) -> None:
@@ -182,28 +179,3 @@ def test_url_names_an_address_that_a_browser_can_open():
         with bind(host, 0) as listener:
             port = listener.getsockname()[1]
             assert url_of(listener) in (f"http://{shown}:{port}", f"http://[::1]:{port}", f"http://127.0.0.1:{port}")
-
-
-def test_frames_folder_is_private_and_what_a_killed_server_left_in_it_goes(tmp_path):
-    first = make_frames_dir(tmp_path)
-    (first / "left").write_bytes(b"x")
-    second = make_frames_dir(tmp_path)
-    try:
-        assert first == second
-        assert list(second.iterdir()) == []
-        assert second.stat().st_mode & 0o777 == 0o700
-    finally:
-        second.rmdir()
-
-
-def test_frames_folder_that_somebody_else_made_is_not_used(tmp_path):
-    path = make_frames_dir(tmp_path)
-    path.rmdir()
-    path.symlink_to(tmp_path)
-    try:
-        other = make_frames_dir(tmp_path)
-        assert other != path
-        assert not other.is_symlink()
-        other.rmdir()
-    finally:
-        path.unlink()

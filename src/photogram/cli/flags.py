@@ -99,9 +99,11 @@ class FlagParser(argparse.ArgumentParser):
         """Add the settings of `photogram serve`, or those fields of it that `only` names."""
         self.serve_flags = tuple(flag for flag in flags() if only is None or flag.field in only)
         for flag in self.serve_flags:
+            # What a computed default comes to stands in the help itself.
+            text = flag.help if "default:" in flag.help else f"{flag.help} (default: {flag.shown_default})"
+            text = text.replace("%", "%%")
             if flag.kind == "switch":
                 action = argparse.BooleanOptionalAction
-                text = f"{flag.help} (default: {flag.shown_default})"
                 self.add_argument(flag.name, dest=flag.field, action=action, default=argparse.SUPPRESS, help=text)
                 continue
             self.add_argument(
@@ -110,7 +112,7 @@ class FlagParser(argparse.ArgumentParser):
                 metavar="|".join(flag.choices) or {"text": "TEXT", "whole number": "N", "number": "X"}[flag.kind],
                 action="append" if flag.repeated else "store",
                 default=argparse.SUPPRESS,
-                help=f"{flag.help} (default: {flag.shown_default})".replace("%", "%%"),
+                help=text,
             )
 
     def read(self, arguments: Sequence[str]) -> argparse.Namespace:

@@ -7,7 +7,6 @@ import asyncio
 import dataclasses
 import logging
 import signal
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -35,7 +34,7 @@ from .flags import FlagParser
 
 OWNER = "command-line"
 FORMATS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
-GRACE_S = 5.0
+GRACE_S = 0.1  # by then every job is done, or nobody wants it any more
 
 SHARED_SETTINGS = (
     "model_path", "served_model_name", "revision", "variant", "device", "precision", "metadata", "max_batch_size",
@@ -133,7 +132,7 @@ async def _run(config: ServeConfig, body: dict[str, JSONValue], images: Sequence
             with _progress(console) as progress:
                 await _draw(engine, pool, card, drawings, _names(output, len(drawings)), config, progress)
         finally:
-            await engine.stop(0.0 if sys.exc_info()[0] else GRACE_S)
+            await engine.stop(GRACE_S)
             pool.close()
 
 

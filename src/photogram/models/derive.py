@@ -25,7 +25,7 @@ from .families import DEFAULTS, NEEDS_IMAGE, FamilyDefaults
 _RESERVED = frozenset(
     {"self", "prompt", "negative_prompt", "image", "images", "height", "width", "num_inference_steps", "generator"}
     | {"num_images_per_prompt", "num_videos_per_prompt", "output_type", "return_dict", "num_frames", "frame_rate"}
-    | {"video", "mask_image", "batch_size"}
+    | {"video", "mask_image", "batch_size", "max_area", "use_resolution_binning"}
 )
 _RESERVED_PARTS = ("embeds", "callback", "_kwargs", "attention_mask", "latents", "ip_adapter", "image")
 

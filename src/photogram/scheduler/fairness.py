@@ -30,6 +30,7 @@ class FairShare:
     def __init__(self, slack_s: float) -> None:
         self.slack_s = slack_s
         self.virtual_s = 0.0
+        self.longest_s = 0.0
         self._owners: dict[str, Owner] = {}
         self._num_active = 0
         self._sweep_at = 1024
@@ -69,6 +70,7 @@ class FairShare:
     def charge(self, owner: Owner, seconds: float) -> None:
         """Book service. What an owner was owed while its jobs ranked low is kept up to one slack."""
         owner.tag = max(owner.tag, self.virtual_s - self.slack_s) + seconds
+        self.virtual_s += seconds / max(1, self._num_active)
 
     def advance(self, lowest_tag: float) -> None:
         """Move virtual time up to the lowest tag among the owners competing now; it never goes back."""

@@ -28,7 +28,7 @@ from typing import Literal
 from .fairness import FairShare
 from .job import Job
 
-Standing = tuple[int, int, int, float]
+Standing = tuple[int, int, float]
 
 _OVERDUE_PERIODS = 4
 
@@ -59,11 +59,11 @@ class SchedulerConfig:
     reserved_jobs: int | None = None
     memory_bytes: int | None = None
     fairness_slack_s: float = 10.0
-    fairness_sizes: float = 1.0
+    fairness_sizes: float = 2.0
     ageing_s: float = 300.0
     ageing_sizes: float = 5.0
     bias: float = 0.5
-    stickiness: float = 1.1
+    stickiness: float = 1.5
     early_share: float = 0.2
     early_burst_s: float = 0.5
     min_batch_gain: float = 0.15
@@ -142,9 +142,8 @@ class Policy:
     def standing(self, job: Job, now: float, top: int) -> Standing:
         """Return what jobs are compared by; `top` is the highest priority among those compared."""
         if self._config.order == "fifo":
-            return 0, 0, 0, -float(job.sequence)
+            return 0, 0, -float(job.sequence)
         present_s = now - job.ticket.arrived_at
         age = int(present_s / self.ageing_s)
         level = max(job.priority, min(job.priority + age, top))
-        overdue = age // _OVERDUE_PERIODS
-        return level, -self._shares.lead(job.owner), overdue, (1.0 + present_s / job.size_s) * job.urgency
+        return level, age // _OVERDUE_PERIODS, (1.0 + present_s / job.size_s) * job.urgency

@@ -49,7 +49,7 @@ class Scheduler:
         self._live: dict[str, Job] = {}
         self._waiting: dict[str, Job] = {}
         self._last_key: Hashable | None = None
-        self._last_lead: str | None = None
+        self._last_lead: Job | None = None
         self._num_submitted = 0
 
     # --- what happens to jobs ------------------------------------------------------------------------------------
@@ -111,16 +111,9 @@ class Scheduler:
         if not self._waiting and not newcomers:
             return None
         top = max(job.priority for jobs in (self._waiting.values(), newcomers) for job in jobs)
-        lead, lead_rank, live_standing, floor = self._best_waiting(now, top)
-        newcomer = self._best_newcomer(newcomers, now, top, live_standing)
-        if newcomer is not None:
-            standing = self._policy.standing(newcomer, now, top)
-            early = START if self._early.covers(self._start_s.value) else DENOISE
-            # On equal rank the earlier one; a start before the equal call of a live job can join its batch.
-            if lead is None or (*standing[:3], early, standing[3], -newcomer.sequence) > lead_rank:
-                return self._start(newcomer)
-        assert lead is not None
-        self._shares.advance(floor)
+        lead = self._first(now, top, newcomers)
+        if lead.state == "queued":
+            return self._start(lead)
         return self._run(lead, now, top)
 
     def ran(
@@ -211,46 +204,45 @@ class Scheduler:
         standing = self._policy.standing
         return self._backlog.shortlist(now, lambda job: (*standing(job, now, job.priority), -job.sequence))
 
-    def _best_waiting(self, now: float, top: int) -> tuple[Job | None, tuple[float, ...], Standing | None, float]:
-        """Return the job whose call goes first, its rank, the best standing among all, and the lowest tag at its
-        level, which is where virtual time stands."""
-        lead: Job | None = None
-        lead_rank: tuple[float, ...] = _LOWEST
-        best: Standing | None = None
-        floor, level, longest_s = 0.0, -(10**9), 0.0
-        policy, last_key, last_lead = self._policy, self._last_key, self._last_lead
-        stickiness = 1.0 if self.config.order == 'fifo' else self.config.stickiness
-        for job in self._waiting.values():
-            call = job.call
-            assert call is not None
-            standing = policy.standing(job, now, top)
-            if best is None or standing > best:
-                best = standing
-            if standing[0] > level:
-                level, floor = standing[0], job.owner.tag
-            elif standing[0] == level and job.owner.tag < floor:
-                floor = job.owner.tag
-            longest_s = max(longest_s, job.size_s)
-            phase = _PHASE_RANK[call.phase]
-            if phase == ENCODE and not self._early.covers(self._call_costs.expected(call.kind, 1)):
-                phase = DENOISE
-            ratio = standing[3]
-            if job.ticket.job_id == last_lead or (call.key is not None and call.key == last_key):
-                ratio *= stickiness
-            rank = (standing[0], standing[1], standing[2], phase, ratio, -job.sequence)
-            if rank > lead_rank:
-                lead, lead_rank = job, rank
+    def _first(self, now: float, top: int, newcomers: list[Job]) -> Job:
+        """Return the job that goes first: each owner sends its best, and the owners' best are compared."""
+        policy, early = self._policy, self._early
+        fair = self.config.order == "fair"
+        has_place = len(self._live) < self.config.max_live_jobs - self.config.reserve
+        start_phase = START if has_place and early.covers(self._start_s.value) else DENOISE
+        champions: dict[str, tuple[tuple[float, ...], Job, float]] = {}
+        longest_s = 0.0
+        for jobs in (self._waiting.values(), newcomers):
+            for job in jobs:
+                level, overdue, ratio = policy.standing(job, now, top)
+                remaining_s = job.remaining_s
+                call = job.call
+                if call is None:
+                    phase = start_phase
+                else:
+                    phase = _PHASE_RANK[call.phase]
+                    if phase == ENCODE and not early.covers(self._call_costs.expected(call.kind, 1)):
+                        phase = DENOISE
+                    if fair and (job is self._last_lead or (call.key is not None and call.key == self._last_key)):
+                        ratio *= self.config.stickiness
+                        remaining_s /= self.config.stickiness
+                    if job.step_s is not None and job.size_s > longest_s:
+                        longest_s = job.size_s
+                rank = (level, overdue, phase, ratio, -job.sequence)
+                name = job.owner.name if fair else ""
+                champion = champions.get(name)
+                if champion is None or rank > champion[0]:
+                    champions[name] = (rank, job, remaining_s)
         policy.note_longest(longest_s)
-        return lead, lead_rank, best, floor
-
-    def _best_newcomer(self, newcomers: list[Job], now: float, top: int, live: Standing | None) -> Job | None:
-        """Return the queued job to start, if one may: the last places are kept for those above all live jobs."""
-        if not newcomers:
-            return None
-        best = max(newcomers, key=lambda job: (*self._policy.standing(job, now, top), -job.sequence))
-        if len(self._live) < self.config.max_live_jobs - self.config.reserve or live is None:
-            return best
-        return best if self._policy.standing(best, now, top) > live else None
+        best = None
+        best_rank: tuple[float, ...] = ()
+        for rank, job, remaining_s in champions.values():
+            level, overdue, phase, ratio, order = rank
+            across = (level, phase, -(job.owner.tag + remaining_s), ratio, order)
+            if best is None or across > best_rank:
+                best, best_rank = job, across
+        assert best is not None
+        return best
 
     def _start(self, job: Job) -> Start:
         self._backlog.remove(job)
@@ -276,7 +268,7 @@ class Scheduler:
         for job in members:
             job.state = "running"
             del self._waiting[job.ticket.job_id]
-        self._last_key, self._last_lead = call.key, lead.ticket.job_id
+        self._last_key, self._last_lead = call.key, lead
         return Run(tuple(job.ticket.job_id for job in members), call.kind, call.phase)
 
     def _charge(self, job_ids: tuple[str, ...], seconds: float) -> None:
@@ -314,13 +306,15 @@ class Scheduler:
         """True if `other` ranks above, leaving fairness between different owners to the caller."""
         theirs = self._policy.standing(other, now, job.priority)
         if other.owner is not job.owner:
-            return (theirs[0], *theirs[2:], -other.sequence) > (mine[0], *mine[2:], -job.sequence)
+            return (theirs[0], -other.owner.tag - other.remaining_s) > (mine[0], -job.owner.tag - job.remaining_s)
         return (*theirs, -other.sequence) > (*mine, -job.sequence)
 
     def _forget(self, job: Job) -> None:
         job_id = job.ticket.job_id
         if job.state == "queued":
             self._backlog.remove(job)
+        if self._last_lead is job:
+            self._last_lead = None
         self._live.pop(job_id, None)
         self._waiting.pop(job_id, None)
         del self._jobs[job_id]

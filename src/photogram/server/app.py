@@ -11,6 +11,7 @@ from starlette.middleware import Middleware
 from ..core.config import ServeConfig
 from ..core.errors import ServiceError
 from ..engine import Engine
+from ..jobs.store import JobStore
 from ..storage import Storage
 from .auth import Keys
 from .border import Border
@@ -24,13 +25,15 @@ from .routes.probes import probe_routes
 from .service import Service
 
 
-def create_app(config: ServeConfig, engine: Engine, service: Service, storage: Storage, keys: Keys) -> Starlette:
+def create_app(
+    config: ServeConfig, engine: Engine, service: Service, store: JobStore, storage: Storage, keys: Keys
+) -> Starlette:
     """Return the application over what it needs; building it starts nothing."""
     routes = [
         *page_routes(config, describe_api),
         *probe_routes(engine, lambda: service.is_draining),
         *model_routes(engine, config.model_path, int(time.time()), lambda: service.num_jobs),
-        *image_routes(config, service, storage, Resolver(config=config)),
+        *image_routes(config, service, store, storage, Resolver(config=config)),
     ]
     app = Starlette(
         routes=routes,

@@ -1,4 +1,4 @@
-"""Stored files as HTTP answers: whole or in part, from whatever storage holds them."""
+"""Stored files as HTTP answers: found by their ids alone, whole or in part, from whatever storage holds them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from starlette.responses import Response, StreamingResponse
 
 from ..core.errors import NotFound, ServiceError
 from ..jobs.record import JobRecord
+from ..jobs.store import JobStore
 from ..storage import Storage
 from .problems import answer
 
@@ -20,6 +21,33 @@ class RangeNotSatisfiable(ServiceError):
     status = 416
     type = "invalid_request_error"
     code = "range_not_satisfiable"
+
+
+async def finished_image(store: JobStore, image_id: str, owner: str, variant: int | None) -> JobRecord:
+    """Return the record of a picture that can be fetched: `image_id`, or the `variant`-th of its request.
+
+    Raises NotFound for an unknown id, another owner's picture, and one that is not or will never be there.
+    """
+    unknown = NotFound(f"No image {image_id[:100]!r}.", param="image_id", code="image_not_found")
+    try:
+        record = await store.get(image_id)
+    except NotFound:
+        raise unknown from None
+    if record.owner != owner or record.kind != "image":
+        raise unknown
+    if variant is not None and variant != record.index:
+        group = await store.group(record.group_id)
+        of_index = {one.index: one for one in group}
+        if variant not in of_index:
+            raise NotFound(f"Image '{image_id}' has no variant {variant}.", param="variant", code="image_not_found")
+        record = of_index[variant]
+    if record.state == "failed":
+        raise NotFound(f"Image '{record.job_id}' failed: {record.error_message}", code="image_failed")
+    if record.state == "cancelled":
+        raise NotFound(f"Image '{record.job_id}' was cancelled.", code="image_cancelled")
+    if record.state != "completed":
+        raise NotFound(f"Image '{record.job_id}' is not ready: it is {record.state}.", code="image_not_ready")
+    return record
 
 
 async def file_answer(request: Request, record: JobRecord, storage: Storage) -> Response:

@@ -7,15 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import hashlib
 import logging
-import os
-import shutil
 import socket
-import stat
-import tempfile
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -27,6 +22,7 @@ from ..core.card import ModelCard
 from ..core.config import ServeConfig, parse_keep
 from ..core.errors import ConfigError, EngineLost, StorageFailed
 from ..engine import Engine
+from .answers import json_answer
 from .problems import answer
 
 if TYPE_CHECKING:
@@ -40,8 +36,6 @@ EngineFactory = Callable[[ServeConfig, Path], Engine]
 GRACE_S = 120.0
 """How long running jobs may go on after SIGTERM."""
 _LAST_ANSWERS_S = 10
-_SHARED_MEMORY = Path("/dev/shm")
-_ROOMY_BYTES = 512 << 20
 
 
 async def serve(
@@ -126,8 +120,6 @@ class _Front:
             await self.app(scope, receive, send)
         elif scope["type"] == "http":
             if scope["path"].rstrip("/") in ("/health", "/v1/health", "/liveness", "/v1/liveness"):
-                from .answers import json_answer
-
                 await json_answer({"status": "ok"})(scope, receive, send)
             else:
                 await answer(EngineLost("The server is starting.", code="starting", retry_after_s=1))(
@@ -173,7 +165,8 @@ class _Host:
     async def end_jobs(self) -> None:
         """End what still runs, so that every client gets its answer."""
         self.service.drain()
-        await self.engine.stop(0)
+        if self.engine.status.state != "stopped":
+            await self.engine.stop(0)
         await self.service.wait_idle()
 
     async def close(self) -> None:
@@ -186,14 +179,15 @@ class _Data:
     """What lies on disks: store, files, frames. Built in a thread, for opening a database takes its time."""
 
     def __init__(self, config: ServeConfig) -> None:
+        from ..engine.frames_folder import frames_folder
         from ..jobs.store import open_store
         from ..media.pool import MediaPool
         from ..storage.local import LocalStorage
 
         self.store = open_store(config.data_path)
-        # Only now: the store's lock is what makes the folder of frames ours alone.
-        self.frames_dir = make_frames_dir(config.data_path)
         self.storage = LocalStorage(config.data_path / "files")
+        self._folder = ExitStack()
+        self.frames_dir = self._folder.enter_context(frames_folder())
         self.media = MediaPool(self.frames_dir)
 
     async def recover(self) -> None:
@@ -213,7 +207,7 @@ class _Data:
         await asyncio.to_thread(self.media.close)
         await self.storage.close()
         await self.store.close()
-        await asyncio.to_thread(shutil.rmtree, self.frames_dir, ignore_errors=True)
+        await asyncio.to_thread(self._folder.close)
 
 
 def _wire(config: ServeConfig, data: _Data, make_engine: EngineFactory) -> _Host:
@@ -224,34 +218,8 @@ def _wire(config: ServeConfig, data: _Data, make_engine: EngineFactory) -> _Host
     engine = make_engine(config, data.frames_dir)
     service = Service(config, engine, data.store, data.storage, data.media)
     keys = Keys(read_keys(config), config.admin_api_key)
-    if not keys.required and not config.listens_on_loopback:
-        log.warning("listening on %s without --api-key: whoever reaches this port may use the server", config.host)
-    app = create_app(config, engine, service, data.storage, keys)
+    app = create_app(config, engine, service, data.store, data.storage, keys)
     return _Host(config, data, engine, service, app)
-
-
-def make_frames_dir(data_path: Path) -> Path:
-    """Return an empty private folder for frames: in shared memory where it has room, else beside the data.
-
-    The name follows from the data folder, so what a killed server left is found and removed by the next one.
-    """
-    name = f"photogram-{os.getuid()}-{hashlib.sha256(os.fsencode(data_path.resolve())).hexdigest()[:12]}"
-    try:
-        usage = os.statvfs(_SHARED_MEMORY)
-        roomy = usage.f_bavail * usage.f_frsize >= _ROOMY_BYTES and os.access(_SHARED_MEMORY, os.W_OK)
-    except OSError:
-        roomy = False
-    path = (_SHARED_MEMORY if roomy else data_path.resolve()) / name
-    try:
-        with suppress(FileNotFoundError):
-            status = path.lstat()
-            if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
-                return Path(tempfile.mkdtemp(prefix=f"{name}-", dir=path.parent))
-            shutil.rmtree(path)
-        path.mkdir(mode=0o700)
-    except OSError as error:
-        raise ConfigError(f"folder for frames '{path}': cannot be made ({error.strerror}).") from error
-    return path
 
 
 async def _until_started(server: _Server, listening: asyncio.Task[None]) -> None:

@@ -19,7 +19,6 @@ from ..core.errors import (
     Busy,
     EngineLost,
     GenerationFailed,
-    NotFound,
     RequestError,
     ServiceError,
     TimedOut,
@@ -156,6 +155,8 @@ class Service:
         self._mean_run_s = 1.0
         self._draining = False
         self._tasks: set[asyncio.Task[None]] = set()
+        self._idle = asyncio.Event()
+        self._idle.set()
 
     @property
     def num_jobs(self) -> int:
@@ -172,8 +173,7 @@ class Service:
 
     async def wait_idle(self) -> None:
         """Wait until every admitted job has reached its final state."""
-        while self._tasks:
-            await asyncio.wait(self._tasks)
+        await self._idle.wait()
 
     def card(self) -> ModelCard:
         """Return the served model's card. Raises EngineLost while no job could be taken."""
@@ -193,12 +193,12 @@ class Service:
                 f"The queue is full: {self._num_jobs} of {limit} jobs (--max-queue). Try again later.",
                 retry_after_s=min(self._mean_run_s, LONGEST_RETRY_AFTER_S),
             )
-        self._num_jobs += num
+        self._count(num)
         records = _records(call, card)
         try:
             await self._store.create(records)
         except BaseException:
-            self._num_jobs -= num
+            self._count(-num)
             raise
         group = Group(
             self._engine, [record.job_id for record in records], wants_progress=call.stream and call.stream_progress
@@ -210,6 +210,13 @@ class Service:
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
         return group
+
+    def _count(self, change: int) -> None:
+        self._num_jobs += change
+        if self._num_jobs:
+            self._idle.clear()
+        else:
+            self._idle.set()
 
     # --- one job --------------------------------------------------------------------------------------------------
 
@@ -231,7 +238,7 @@ class Service:
         finally:
             await self._silence(job)
             job.group.is_over(job.job_id)
-            self._num_jobs -= 1
+            self._count(-1)
 
     async def _until_made(self, job: _Job, card: ModelCard) -> Made:
         self._engine.submit(job.drawing.request, job.events.put_nowait)
@@ -347,33 +354,6 @@ class Service:
             self._media.discard(frames)
         except ServiceError as error:
             log.warning("frames %s were not removed: %s", frames.path, error.message)
-
-    # --- finished pictures ----------------------------------------------------------------------------------------
-
-    async def finished_image(self, image_id: str, owner: str, variant: int | None) -> JobRecord:
-        """Return the record of a picture that can be fetched: `image_id`, or the `variant`-th of its request.
-
-        Raises NotFound for an unknown id, another owner's picture, and one that is not or will never be there.
-        """
-        unknown = NotFound(f"No image '{image_id[:100]}'.", param="image_id", code="image_not_found")
-        try:
-            record = await self._store.get(image_id)
-        except NotFound:
-            raise unknown from None
-        if record.owner != owner or record.kind != "image":
-            raise unknown
-        if variant is not None and variant != record.index:
-            group = await self._store.group(record.group_id)
-            if variant >= len(group):
-                raise NotFound(f"Image '{image_id}' has no variant {variant}.", param="variant", code="image_not_found")
-            record = group[variant]
-        if record.state == "failed":
-            raise NotFound(f"Image '{record.job_id}' failed: {record.error_message}", code="image_failed")
-        if record.state == "cancelled":
-            raise NotFound(f"Image '{record.job_id}' was cancelled.", code="image_cancelled")
-        if record.state != "completed":
-            raise NotFound(f"Image '{record.job_id}' is not ready: it is {record.state}.", code="image_not_ready")
-        return record
 
 
 def loaded_card(engine: Engine) -> ModelCard:

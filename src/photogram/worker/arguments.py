@@ -30,8 +30,9 @@ def call_arguments(pipeline: DiffusionPipeline, request: GenerateRequest) -> dic
         "generator": torch.Generator("cpu").manual_seed(request.seed),
         "output_type": "pt",
         "return_dict": False,
-        # Some pipelines (Sana) would draw at a size of their own choice and scale the result.
+        # Some pipelines would draw at a size of their own choice: Sana at the nearest of a table, Kontext at an area.
         "use_resolution_binning": False,
+        "max_area": request.width * request.height,
     }
     if request.negative_prompt is not None:
         arguments["negative_prompt"] = request.negative_prompt

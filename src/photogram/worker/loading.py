@@ -21,6 +21,7 @@ from ..core.errors import ConfigError
 from ..models.checkpoint import Checkpoint, find_checkpoint
 from ..models.derive import derive_card
 from ..models.families import CHANGES_ITS_DENOISER, DEFAULTS
+from .long_prompts import read_in_chunks, reads_in_chunks
 from .modules import BigModule, big_modules
 
 logger = logging.getLogger(__name__)
@@ -50,6 +51,8 @@ class ServedPipeline:
             elif isinstance(component, BaseGuidance):
                 setattr(own, name, copy.deepcopy(component))
         own.set_progress_bar_config(disable=True)
+        if reads_in_chunks(own):
+            read_in_chunks(own)
         return own
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import resource
+from pathlib import Path
 
 import torch
 
-from ..core.errors import OutOfMemory
+from ..core.errors import ConfigError, OutOfMemory
 
 
 class DeviceLost(Exception):
@@ -28,8 +29,16 @@ def device_error(error: Exception, device: torch.device) -> Exception:
     return error
 
 
-def limit_memory(limit_bytes: int) -> None:
-    """Cap this process's memory, so that a job too large fails alone instead of waking the kernel's killer."""
+def limit_memory(extra_bytes: int) -> None:
+    """Let this process take `extra_bytes` beyond what it holds now, and no more.
+
+    A job too large then fails alone, where the kernel would otherwise end the whole process.
+    """
+    status = Path("/proc/self/status")
+    if not status.exists():
+        raise ConfigError("--worker-memory-gb: this system does not tell how much memory a process holds.")
+    (held_kib,) = (int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmData:"))
+    limit_bytes = held_kib * 1024 + extra_bytes
     resource.setrlimit(resource.RLIMIT_DATA, (limit_bytes, limit_bytes))
 
 

@@ -9,6 +9,8 @@ from typing import Any
 from diffusers import DiffusionPipeline
 from transformers import PreTrainedTokenizerBase
 
+from .long_prompts import reads_in_chunks
+
 
 def count_tokens(pipeline: DiffusionPipeline, arguments: Mapping[str, Any]) -> tuple[int, list[str]]:
     """Return the prompt's tokens by the tokenizer that reads furthest, and a warning where even that one cuts it."""
@@ -19,7 +21,7 @@ def count_tokens(pipeline: DiffusionPipeline, arguments: Mapping[str, Any]) -> t
     reach = {name: _limit(pipeline, tokenizer, arguments) for name, tokenizer in tokenizers.items()}
     furthest = max(reach, key=lambda name: reach[name])
     count = len(tokenizers[furthest](prompt, truncation=False, verbose=False).input_ids)
-    if count <= reach[furthest] or "prompt_embeds" in arguments:
+    if count <= reach[furthest] or reads_in_chunks(pipeline):
         return count, []
     return count, [f"The prompt has {count} tokens; this model reads the first {reach[furthest]} of them."]
 

@@ -12,13 +12,14 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from ...core.config import ServeConfig
+from ...jobs.store import JobStore
 from ...storage import Storage
 from ..answers import header_text
 from ..body import read_body
 from ..border import owner_of
 from ..events import EventStream, event, unless_gone
 from ..fields import Field, coerce
-from ..files import file_answer
+from ..files import file_answer, finished_image
 from ..forms import BodyLimits
 from ..resolve import ImagesCall, Resolver
 from ..schemas import (
@@ -39,7 +40,9 @@ _VARIANT = Field(name="variant", kind="int", low=0, high=MAX_IMAGES - 1, help="W
 _CLIENT_GONE = 499
 
 
-def image_routes(config: ServeConfig, service: Service, storage: Storage, resolver: Resolver) -> list[Route]:
+def image_routes(
+    config: ServeConfig, service: Service, store: JobStore, storage: Storage, resolver: Resolver
+) -> list[Route]:
     limits = BodyLimits(upload_bytes=config.max_upload_mb * 1_000_000)
 
     async def create(request: Request) -> Response:
@@ -67,7 +70,7 @@ def image_routes(config: ServeConfig, service: Service, storage: Storage, resolv
 
     async def content(request: Request) -> Response:
         variant = coerce(request.query_params.get("variant"), _VARIANT, "variant")
-        record = await service.finished_image(request.path_params["image_id"], owner_of(request), variant)
+        record = await finished_image(store, request.path_params["image_id"], owner_of(request), variant)
         return await file_answer(request, record, storage)
 
     return [
