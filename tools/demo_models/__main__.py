@@ -24,11 +24,12 @@ def _image_autoencoder(run: Run) -> None:
     train_image_autoencoder(run, run.folder / "image_tokenizer")
 
 
-def _image(run: Run, distil_seconds: float, rate: float) -> None:
+def _image(run: Run, distil_seconds: float, lora_seconds: float, rate: float) -> None:
     from tokenizers import Tokenizer
 
     from .distillation import NUM_STEPS, best_guidance, distil, quick_score
     from .image_trainer import ImageTrainer
+    from .lora import STYLES, train_lora
 
     tokenizer = Tokenizer.from_file(str(run.folder / "image_tokenizer" / "tokenizer.json"))
     trainer = ImageTrainer(run, run.folder / "image_tokenizer", seed=int(time.time()) % 9973)
@@ -42,15 +43,20 @@ def _image(run: Run, distil_seconds: float, rate: float) -> None:
     trainer.load_autoencoder()
     trainer.fill()
     scoring = 0 if run.smoke else 30
-    if run.remaining > distil_seconds + scoring + 5:
-        trainer.train(run.seconds - distil_seconds - scoring, rate)
+    lora_total = lora_seconds * len(STYLES)
+    if run.remaining > distil_seconds + lora_total + scoring + 5:
+        trainer.train(run.seconds - distil_seconds - lora_total - scoring, rate)
         trainer.save("image_base", {"resumed": int(resumed)})
     if distil_seconds > 0:
         guidance = best_guidance(trainer, tokenizer)
-        distil(trainer, guidance, run.seconds - scoring * 0.4, 6e-4)
+        distil(trainer, guidance, run.seconds - lora_total - scoring * 0.4, 6e-4)
         trainer.save("image_distilled", {"guidance": guidance, "steps": NUM_STEPS})
         for size in (16, 8):
             run.log(f"student, {size * 16} px: {quick_score(trainer, tokenizer, steps=4, guidance=1.0, size=size)}")
+    if lora_seconds > 0:
+        torch.compiler.set_stance("force_eager")  # adapters change every block, which would compile anew
+        for style in STYLES:
+            train_lora(trainer, style, lora_seconds)
     trainer.close()
 
 
@@ -61,6 +67,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path(".demo-train"), help="checkpoints are read and written here")
     parser.add_argument("--seconds", type=float, default=480, help="wall-clock limit of this phase")
     parser.add_argument("--distil-seconds", type=float, default=80, help="image: the last part, spent on distillation")
+    parser.add_argument("--lora-seconds", type=float, default=0, help="image: seconds for each LoRA, after all else")
     parser.add_argument("--rate", type=float, default=1.5e-3, help="image: peak learning rate")
     parser.add_argument("--smoke", action="store_true", help="a few tiny steps, to see that everything runs")
     arguments = parser.parse_args()
@@ -72,7 +79,7 @@ def main() -> None:
     if arguments.phase == "image-vae":
         _image_autoencoder(run)
     else:
-        _image(run, arguments.distil_seconds, arguments.rate)
+        _image(run, arguments.distil_seconds, arguments.lora_seconds, arguments.rate)
     run.log("done")
 
 

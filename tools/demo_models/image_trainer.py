@@ -144,6 +144,16 @@ class ImageTrainer:
             self._rings[layout] = Ring(64 if self.run.smoke else (24_576 if layout.size == (16, 16) else 10_240))
         self._rings[layout].add(**samples)
 
+    def prompts(self, num: int) -> dict[str, torch.Tensor]:
+        """Ids and lengths of fresh prompts, without pictures."""
+        ids, lengths = [], []
+        while sum(len(one) for one in ids) < num:
+            batch = self._feeds["prompt"].get(self.run.device)
+            ids.append(batch["ids"])
+            lengths.append(batch["lengths"])
+        fitted, shortened = _fit(torch.cat(ids)[:num], torch.cat(lengths)[:num], 64)
+        return {"ids": fitted, "lengths": shortened}
+
     def fill(self) -> None:
         for layout, weight in self.layouts.items():
             for _ in range(1 if self.run.smoke else max(6, int(weight * 120))):

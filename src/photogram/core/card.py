@@ -10,7 +10,7 @@ from typing import Literal
 
 import msgspec
 
-from .request import Task
+from .request import JSONValue, Task
 
 ParameterKind = Literal["bool", "int", "float", "str", "json"]
 
@@ -45,6 +45,7 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     default_fps: int | None = None
     quality_steps: dict[str, int] = {}  # OpenAI's quality word -> steps
     parameters: dict[str, ParameterKind] = {}
+    defaults: dict[str, JSONValue] = {}  # of `parameters`, where the model wants another than its pipeline's
     precisions: dict[str, str] = {}  # component -> fp32 | bf16 | fp16 | fp8
     device: str  # "cpu", "cuda:0"
     device_name: str

@@ -148,7 +148,7 @@ class Resolver:
         self, body: Mapping[str, JSONValue], values: Values, card: ModelCard, ignored: list[str]
     ) -> dict[str, JSONValue]:
         """Return the further arguments that this model takes; the names that nothing takes go to `ignored`."""
-        extra: dict[str, JSONValue] = {}
+        extra: dict[str, JSONValue] = dict(card.defaults)
         for name in values.unread:
             kind = card.parameters.get(name)
             if kind is None:

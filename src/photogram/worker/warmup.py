@@ -38,6 +38,7 @@ def warm_up(worker: Worker) -> None:
         num_inference_steps=min(WARM_UP_STEPS, card.default_steps),
         guidance_scale=card.default_guidance,
         seed=0,
+        extra=card.defaults,
     )
     with worker.heard_by(messages.append):
         worker.submit(request)

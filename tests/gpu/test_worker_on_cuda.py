@@ -1,0 +1,106 @@
+"""The promises of the worker, kept on a GPU: real pipeline classes, tiny random weights, fp32 and bf16."""
+
+import gc
+import time
+
+import pytest
+
+torch = pytest.importorskip("torch")
+if not torch.cuda.is_available():
+    pytest.skip("needs CUDA", allow_module_level=True)
+
+from diffusers import DiffusionPipeline
+
+from photogram.core.config import ServeConfig
+from photogram.worker.loading import load
+from photogram.worker.worker import Worker
+from worker.drawing import Studio, draw_alone, relative_error
+from worker.test_families_served import STACKED_TOLERANCE, requests_of
+
+pytestmark = pytest.mark.gpu
+
+FAMILIES = (
+    "stable-diffusion-xl",
+    "stable-diffusion-3",
+    "flux-1",
+    "flux-2-klein",
+    "qwen-image",
+    "z-image",
+    "sana",
+    "wan-2.1",
+    "wan-2.2",
+)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_interleaved_jobs_give_the_bits_of_the_pipeline_alone(name, precision, family_folder, tmp_path):
+    requests = requests_of(name)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    plain = DiffusionPipeline.from_pretrained(family_folder(name), dtype=dtype).to("cuda")
+    alone = {request.job_id: draw_alone(plain, request) for request in requests}
+    studio = Studio(family_folder(name), tmp_path, max_batch_size=1, precision=precision)
+    assert studio.served.device.type == "cuda"
+    interleaved = studio.draw(requests)
+    for job_id, reference in alone.items():
+        assert interleaved[job_id].failure is None
+        assert (interleaved[job_id].latents == reference.latents).all()
+        assert (interleaved[job_id].frames == reference.frames).all()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_stacked_jobs_stay_within_tolerance(name, family_folder, tmp_path):
+    requests = requests_of(name)
+    plain = DiffusionPipeline.from_pretrained(family_folder(name), dtype=torch.float32).to("cuda")
+    studio = Studio(family_folder(name), tmp_path, precision="fp32")
+    stacked = studio.draw(requests)
+    assert max(len(jobs) for jobs in studio.passes("transformer", "transformer_2", "unet")) == 3
+    for request in requests:
+        reference = draw_alone(plain, request)
+        assert relative_error(stacked[request.job_id].latents, reference.latents) < 10 * STACKED_TOLERANCE
+
+
+def test_cancelled_jobs_give_their_memory_back(family_folder, tmp_path):
+    studio = Studio(family_folder("wan-2.1"), tmp_path)
+    studio.draw(requests_of("wan-2.1"))
+    studio.worker.latents.clear()
+    gc.collect()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    for _ in range(30):
+
+        def cancel_all(turn: int) -> None:
+            if turn == 8:
+                for job_id in list(studio.worker.jobs):
+                    studio.worker.cancel(job_id)
+
+        studio.draw(requests_of("wan-2.1"), meanwhile=cancel_all)
+    studio.worker.latents.clear()
+    gc.collect()
+    assert torch.cuda.memory_allocated() <= before + (1 << 20)
+
+
+def test_real_out_of_memory_fails_one_job_and_the_next_succeeds(family_folder, tmp_path):
+    studio = Studio(family_folder("flux-2-klein"), tmp_path)
+    hog = torch.empty(torch.cuda.mem_get_info()[0] - (600 << 20), dtype=torch.uint8, device="cuda")
+    large, small = requests_of("flux-2-klein")[:2]
+    values = {name: getattr(large, name) for name in large.__struct_fields__}
+    large = type(large)(**(values | {"width": 4096, "height": 4096, "num_inference_steps": 1}))
+    drawn = studio.draw([large])
+    assert drawn[large.job_id].failure.code == "out_of_memory"
+    assert studio.draw([small])[small.job_id].failure is None
+    del hog
+
+
+def test_device_time_is_reported_though_passes_are_launched_ahead(family_folder, tmp_path):
+    """The cost model must learn the device's seconds, not those of the launch."""
+    config = ServeConfig(model_path=str(family_folder("stable-diffusion-xl"))).worker(tmp_path)
+    messages = []
+    with torch.inference_mode():
+        worker = Worker(load(config, lambda stage: None), config, messages.append, time.monotonic)
+        for request in requests_of("stable-diffusion-xl"):
+            worker.submit(request)
+        while worker.turn():
+            pass
+    estimates = [message.eta_s for message in messages if type(message).__name__ == "Progress"]
+    assert estimates[-1] is not None
