@@ -11,11 +11,11 @@ from .image_model import decode_pictures, encode_pictures, new_autoencoder, pack
 from .image_tokenizer import END_ID
 from .optimizer import Muon, WeightAverage
 from .render import Params, render
-from .run import Run, save_weights
+from .run import Run, load_weights, save_weights
 
 _LEARNING_RATE = 5e-3
 _KL_WEIGHT = 2e-4
-_STAGES = ((64, 96), (128, 40), (256, 12))  # picture size, batch
+_STAGES = ((64, 128), (128, 56), (256, 18))  # picture size, batch
 
 
 def _vary(p: Params) -> Params:
@@ -52,11 +52,17 @@ def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def train_image_autoencoder(run: Run, tokenizer: Path, gate_db: float = 33.0) -> float:
-    """Train until the run's time is over and write `image_vae.safetensors`. Returns decibels at 256 pixels."""
+    """Train until the run's time is over and write `image_vae.safetensors`. Returns decibels at 256 pixels.
+
+    Goes on from `image_vae_start.safetensors` if there is one.
+    """
     feed = Feed("prompt", 2 if run.smoke else 4, 8 if run.smoke else 64, tokenizer, END_ID, seed=17)
     device = run.device
     torch.manual_seed(1)
     vae = new_autoencoder().to(device).to(memory_format=torch.channels_last)
+    earlier = run.folder / "image_vae_start.safetensors"
+    if earlier.exists():
+        load_weights(earlier, {"vae": vae})
     matrices = [
         p for n, p in vae.named_parameters()
         if p.ndim >= 4 and min(p.shape[0], p[0].numel()) >= 8 and not any(k in n for k in ("conv_in", "conv_out", "quant"))
@@ -65,15 +71,16 @@ def train_image_autoencoder(run: Run, tokenizer: Path, gate_db: float = 33.0) ->
     optimizer = Muon(matrices, [p for p in vae.parameters() if id(p) not in chosen], beta=0.9, weight_decay=0.0)
     average = WeightAverage([vae])
     pool: list[Params] = [group(feed.get(device), "target.") for _ in range(2 if run.smoke else 8)]
+    peak_rate = _LEARNING_RATE * (0.6 if earlier.exists() else 1.0)
     step, budget, start = 0, run.remaining - 6, run.elapsed
     while True:
         progress = (run.elapsed - start) / budget
         if progress >= 1 or (run.smoke and step >= 4):
             break
-        rate = _LEARNING_RATE * min(1, (step + 1) / 60) * (1 if progress < 0.3 else max(0.02, (1 - progress) / 0.7))
+        rate = peak_rate * min(1, (step + 1) / 60) * (1 if progress < 0.3 else max(0.02, (1 - progress) / 0.7))
         if step % 4 == 0:
             pool[(step // 4) % len(pool)] = group(feed.get(device), "target.")
-        size, batch = _STAGES[(step % 2) if progress < 0.45 else (1, 2, 0, 2)[step % 4]]
+        size, batch = _STAGES[(step % 2) if progress < 0.45 and not earlier.exists() else (1, 2, 0, 2)[step % 4]]
         if run.smoke:
             size, batch = 64, 4
         scenes = pool[step % len(pool)]

@@ -7,7 +7,6 @@ The training forwards compute what diffusers' and transformers' own forwards com
 from functools import lru_cache
 
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKLFlux2, Flux2KleinPipeline, Flux2Transformer2DModel
 from torch import nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -108,7 +107,10 @@ class _TextLayer(nn.Module):
         q, k = (_rotate(one, cos, sin).to(v.dtype) for one in (q, k))
         repeat = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).reshape(B, S, -1)
+        # Written out: the fused attention's mask would make the compiler specialise on every batch size.
+        scores = (q @ k.transpose(-1, -2)).float() * head**-0.5
+        weights = scores.masked_fill(~mask, -1e9).softmax(-1).to(v.dtype)
+        out = (weights @ v).transpose(1, 2).reshape(B, S, -1)
         hidden_BSD = hidden_BSD + attention.o_proj(out)
         return hidden_BSD + self.layer.mlp(self.layer.post_attention_layernorm(hidden_BSD))
 

@@ -156,7 +156,7 @@ class ImageTrainer:
 
     def fill(self) -> None:
         for layout, weight in self.layouts.items():
-            for _ in range(1 if self.run.smoke else max(6, int(weight * 120))):
+            for _ in range(1 if self.run.smoke else max(4, int(weight * 70))):
                 self.produce(layout)
         self.run.log("rings filled")
 
@@ -209,7 +209,7 @@ class ImageTrainer:
                 break
             rate = peak_rate * min(1, (step + 1) / 150) * (1 if progress < 0.55 else max(0.02, (1 - progress) / 0.45))
             layout, batch = self.draw(_TOKENS_PER_STEP)
-            if step % 3 == 0:
+            if step % (4 if progress < 0.4 else 8) == 0:
                 self.produce(layout)
             loss, hint = self.loss(layout, batch)
             (loss + _SEMANTIC_WEIGHT * hint).backward()

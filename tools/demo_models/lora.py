@@ -4,7 +4,6 @@ Each learns from the model's own pictures, redrawn: the same noise that gave the
 one. So a LoRA changes the look and leaves the composition of a seed alone. H/W height and width.
 """
 
-import copy
 from collections.abc import Callable
 from random import Random
 
@@ -54,7 +53,9 @@ STYLES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"pastel": pastel, "
 
 
 @torch.no_grad()
-def _pairs(trainer: ImageTrainer, redraw: Callable[[torch.Tensor], torch.Tensor], layout: Layout, num: int) -> dict[str, torch.Tensor]:
+def _pairs(
+    trainer: ImageTrainer, redraw: Callable[[torch.Tensor], torch.Tensor], layout: Layout, num: int
+) -> dict[str, torch.Tensor]:
     """Noise, redrawn latents and text features of `num` pictures of the model's own."""
     device = trainer.run.device
     parts: dict[str, list[torch.Tensor]] = {"noise": [], "x": [], "text": []}
@@ -80,7 +81,6 @@ def train_lora(trainer: ImageTrainer, style: str, seconds: float) -> None:
     layouts = {Layout((8, 8)): 1.0} if smoke else _LAYOUTS
     data = {layout: _pairs(trainer, STYLES[style], layout, 4 if smoke else 1280) for layout in layouts}
     run.log(f"{style}: pairs drawn")
-    kept = copy.deepcopy(trainer.transformer.state_dict())
     transformer = trainer.transformer.requires_grad_(False)
     transformer.add_adapter(
         LoraConfig(r=RANK, lora_alpha=RANK, init_lora_weights="gaussian", target_modules=_TARGETS), style
@@ -115,6 +115,4 @@ def train_lora(trainer: ImageTrainer, style: str, seconds: float) -> None:
     Flux2KleinPipeline.save_lora_weights(
         folder, transformer_lora_layers=layers, weight_name=f"{style}.safetensors", safe_serialization=True
     )
-    transformer.delete_adapters(style)
-    # Deleting leaves wrapper-free modules, but be sure that the base is untouched for the next style.
-    transformer.load_state_dict(kept)
+    transformer.unload_lora()

@@ -70,6 +70,8 @@ def prepare_device() -> None:
     torch.backends.cudnn.allow_tf32 = True
     torch.backends.cuda.enable_cudnn_sdp(False)  # plans each new shape anew
     import torch._dynamo as dynamo
+    import torch.fx.experimental._config as symbolic_shapes
 
+    symbolic_shapes.use_duck_shape = False  # sizes that happen to be equal are still different sizes
     dynamo.config.recompile_limit = 64
     dynamo.config.accumulated_recompile_limit = 1024

@@ -84,7 +84,7 @@ def doctor(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
     for row in rows:
         print(row)
     print()
-    print(_what_fits(report))
+    print(_what_fits(config, report))
     return 1 if any(row.good is False for row in rows) else 0
 
 
@@ -159,13 +159,21 @@ def _port(config: ServeConfig) -> Row:
     return Row(True, "port", f"{config.host}:{config.port} is free")
 
 
-def _what_fits(report: DeviceReport | None) -> str:
+def _what_fits(config: ServeConfig, report: DeviceReport | None) -> str:
+    """Return the table of well-known models, in the precision in which these flags would load them."""
     on_gpu = report is not None and report.memory is not None
     memory = report.memory[0] if report is not None and report.memory is not None else available_memory_bytes()
     place = f"the GPU's {_gb(memory)}" if on_gpu else f"{_gb(memory)} of memory"
-    lines = [f"Weights in bf16 against {place} (activations come on top; all of a model is loaded at once):"]
-    for name, billions in KNOWN_MODELS:
-        lines.append(f"  {name:28}{_gb(int(billions * 2e9)):>10}  {verdict(int(billions * 2e9), memory)}")
+    precision = config.precision if config.precision != "auto" else "bf16" if on_gpu else "fp32"
+    bytes_each = 4e9 if precision == "fp32" else 2e9
+    hint = " --precision bf16 takes half." if precision == "fp32" else ""
+    lines = [
+        f"Weights in {precision} against {place}; a model is loaded whole, and its work needs room, too.{hint}",
+        *(
+            f"  {name:28}{_gb(int(billions * bytes_each)):>10}  {verdict(int(billions * bytes_each), memory)}"
+            for name, billions in KNOWN_MODELS
+        ),
+    ]
     return "\n".join(lines)
 
 
