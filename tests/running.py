@@ -40,7 +40,13 @@ class Running:
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self, *, ready: bool = True) -> Running:
-        command = [sys.executable, "-c", "from photogram.cli import main; main()", "serve", *self.flags]
+        command = [
+            sys.executable,
+            "-c",
+            "import sys; from photogram.cli import main; sys.exit(main())",
+            "serve",
+            *self.flags,
+        ]
         command += ["--port", str(self.port), "--data-dir", str(self.folder / "data")]
         with self._log.open("ab") as log:
             self.process = subprocess.Popen(

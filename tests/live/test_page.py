@@ -4,6 +4,7 @@ import shutil
 
 import httpx
 import pytest
+
 from running import serve
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")

@@ -102,7 +102,9 @@ def test_quality_presets_work_in_both_spellings_and_png_ignores_them(live_server
         script = f"curl -sS http://localhost:30010/v1/images/generations -d '{json.dumps(body)}'"
         return base64.b64decode(json.loads(shell(script, live_server, tmp_path))["data"][0]["b64_json"])
 
-    sizes = [len(fetch(output_format="jpeg", **{"output-quality": word})) for word in ("low", "medium", "high", "maximum")]
+    sizes = [
+        len(fetch(output_format="jpeg", **{"output-quality": word})) for word in ("low", "medium", "high", "maximum")
+    ]
     assert sizes == sorted(sizes)
     assert sizes[0] < sizes[-1]
     assert fetch(output_format="jpeg", output_quality="low", **{"output-compression": 100}) == fetch(

@@ -13,6 +13,7 @@ import openai
 import psutil
 import pytest
 from PIL import Image
+
 from running import Running, serve
 
 

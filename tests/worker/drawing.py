@@ -86,7 +86,9 @@ class Studio:
 
     def passes(self, *modules: str) -> list[tuple[str, ...]]:
         """The jobs of each forward pass of these modules in the last `draw`, in order."""
-        return [message.job_ids for message in self.messages if isinstance(message, Began) and message.module in modules]
+        return [
+            message.job_ids for message in self.messages if isinstance(message, Began) and message.module in modules
+        ]
 
 
 def read_block(path: str, shape: tuple[int, ...]) -> np.ndarray:

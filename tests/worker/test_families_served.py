@@ -2,9 +2,9 @@
 
 import pytest
 from diffusers import DiffusionPipeline
-from families import FAMILIES
 from PIL import Image
 
+from families import FAMILIES
 from photogram.core.request import GenerateRequest
 
 from .drawing import Studio, draw_alone, relative_error
@@ -76,7 +76,9 @@ def test_family_gives_what_its_unmodified_pipeline_gives(name, family_folder, tm
         assert relative_error(stacked[job_id].latents, reference.latents) < STACKED_TOLERANCE
 
 
-@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.packed and family.image == "never"])
+@pytest.mark.parametrize(
+    "name", [name for name, family in FAMILIES.items() if family.packed and family.image == "never"]
+)
 def test_landscape_and_portrait_of_equal_token_count_give_right_pictures(name, family_folder, tmp_path):
     family = FAMILIES[name]
     wide = requests_of(name, **family.wide)[0]

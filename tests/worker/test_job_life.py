@@ -13,7 +13,15 @@ from photogram.core.request import GenerateRequest
 from .drawing import Studio, draw_alone
 from .test_families_served import requests_of
 
-PICTURE_FAMILIES = ("stable-diffusion-xl", "stable-diffusion-3", "flux-1", "flux-2-klein", "qwen-image", "z-image", "sana")
+PICTURE_FAMILIES = (
+    "stable-diffusion-xl",
+    "stable-diffusion-3",
+    "flux-1",
+    "flux-2-klein",
+    "qwen-image",
+    "z-image",
+    "sana",
+)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +49,7 @@ def test_progress_never_falls_and_counts_every_step(studio):
     reports = [message for message in studio.messages if isinstance(message, Progress)]
     fractions = [report.fraction for report in reports]
     assert fractions == sorted(fractions)
-    assert 0 <= fractions[0] and fractions[-1] < 1
+    assert fractions[0] >= 0 and fractions[-1] < 1
     assert {report.step for report in reports if report.phase == "denoise"} >= set(range(9))
     assert {report.num_steps for report in reports} == {9}
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from families import FAMILIES
 from PIL import Image
 
+from families import FAMILIES
 from photogram.core.request import GenerateRequest
 from photogram.models import derive
 from photogram.models.checkpoint import find_checkpoint

@@ -22,6 +22,9 @@ BUILT_IN: dict[str, str] = {"demo-image": "image", "demo-video": "video"}
 INDEX = "model_index.json"
 CARD_FILE = "photogram.json"
 
+CACHE_DIR: str | None = None
+"""Where hub repositories are kept; None is huggingface_hub's own folder (HF_HOME, HF_HUB_CACHE)."""
+
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 
@@ -69,7 +72,7 @@ def find_checkpoint(model_path: str, *, revision: str | None, variant: str | Non
 def _download(repo_id: str, revision: str | None) -> tuple[Path, str | None]:
     """Bring a hub repository's safetensors and configurations; return its folder and commit."""
     try:
-        folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=_HUB_FILES))
+        folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=_HUB_FILES, cache_dir=CACHE_DIR))
     except GatedRepoError:
         raise ConfigError(f"--model-path '{repo_id}': the hub asks for a licence and a token (HF_TOKEN).") from None
     except RevisionNotFoundError:

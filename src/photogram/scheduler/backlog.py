@@ -57,14 +57,14 @@ class Backlog:
             head = next(iter(waiting.values()))
             self._best[head.ticket.job_id] = head
 
-    def shortlist(self, now: float, standing: Callable[[Job], Any]) -> list[Job]:
-        """Return the candidates to start next, at most 32: the best heads of lines as far as was looked."""
+    def shortlist(self, now: float, *orders: Callable[[Job], Any]) -> list[Job]:
+        """Return the candidates to start next, a few dozen at most: the best heads by each order."""
         due = now - self._scanned_at >= _SECONDS_PER_HEAD * len(self._lines)
         if (due and len(self._best) < len(self._lines)) or (not self._best and self._lines):
-            self._keep_best((next(iter(line.values())) for line in self._lines.values()), standing)
+            self._keep_best([next(iter(line.values())) for line in self._lines.values()], orders)
             self._scanned_at = now
         elif len(self._best) > 2 * _SHORTLIST:
-            self._keep_best(iter(self._best.values()), standing)
+            self._keep_best(list(self._best.values()), orders)
         return list(self._best.values())
 
     def lines(self) -> Iterator[tuple[Job, Job, int]]:
@@ -76,5 +76,9 @@ class Backlog:
         """True if both stand in one line."""
         return self._line_of.get(job.ticket.job_id) == self._line_of[head.ticket.job_id]
 
-    def _keep_best(self, heads: Iterator[Job], standing: Callable[[Job], Any]) -> None:
-        self._best = {job.ticket.job_id: job for job in heapq.nlargest(_SHORTLIST, heads, key=standing)}
+    def _keep_best(self, heads: list[Job], orders: tuple[Callable[[Job], Any], ...]) -> None:
+        self._best = {
+            job.ticket.job_id: job
+            for order in orders
+            for job in heapq.nlargest(_SHORTLIST // len(orders), heads, key=order)
+        }

@@ -1,13 +1,17 @@
-"""Shares of the machine between owners: start-time fair queueing on seconds of service.
+"""Shares of the machine between owners: fair queueing by virtual finish time, on seconds of service.
 
-Goyal, Vin, Cheng, "Start-time Fair Queueing" (SIGCOMM 1996); for model serving: Sheng et al., "Fairness in Serving
-Large Language Models" (OSDI 2024). Each owner's tag grows by the seconds of service its jobs attain. Virtual time is
-the smallest tag among those competing at the top; an owner that becomes active starts there, so idling earns no
-credit, and neither does waiting with jobs of low priority.
+Each owner's tag grows by the seconds of service that its jobs attain. Virtual time grows as an owner's tag would if
+the machine were shared equally among the active ones. An owner that becomes active starts there, so idling earns no
+credit. (Goyal, Vin, Cheng, "Start-time Fair Queueing", SIGCOMM 1996; for model serving Sheng et al., "Fairness in
+Serving Large Language Models", OSDI 2024.)
 
-Strict fair queueing is processor sharing between owners, and at 70 % load it would stretch a short job 3.3 times
-whoever sent it. So tags are compared in classes `slack_s` wide: inside a class the policy may prefer the shorter
-job whoever owns it, and two busy owners of equal priority are never further apart than the slack and one call.
+Served strictly by start tag, owners would share like processes, and at 70 % load every job would take 3.3 times its
+time. Owners are therefore compared by *finish* time, tag plus what their best job still needs: a short job of any
+owner passes a long one, a long one that runs keeps its place before its equals, and yet nobody gets ahead of an
+equally busy owner by more than the size of a job (Friedman and Henderson, "Fairness and efficiency in web server
+protocols", SIGMETRICS 2003). One thing is changed: a long job that is late by that measure would block all short ones
+until it is done (their stretch at the 95th percentile tripled in simulation), so being late counts only
+beyond `slack_s`, which is also all that an owner can be owed whose jobs ranked low.
 """
 
 from __future__ import annotations
@@ -30,7 +34,6 @@ class FairShare:
     def __init__(self, slack_s: float) -> None:
         self.slack_s = slack_s
         self.virtual_s = 0.0
-        self.longest_s = 0.0
         self._owners: dict[str, Owner] = {}
         self._num_active = 0
         self._sweep_at = 1024
@@ -68,14 +71,12 @@ class FairShare:
         return self._owners[name].tag
 
     def charge(self, owner: Owner, seconds: float) -> None:
-        """Book service. What an owner was owed while its jobs ranked low is kept up to one slack."""
+        """Book service, and move virtual time on by everybody's share of it."""
         owner.tag = max(owner.tag, self.virtual_s - self.slack_s) + seconds
         self.virtual_s += seconds / max(1, self._num_active)
 
-    def advance(self, lowest_tag: float) -> None:
-        """Move virtual time up to the lowest tag among the owners competing now; it never goes back."""
-        self.virtual_s = max(self.virtual_s, lowest_tag)
-
-    def lead(self, owner: Owner) -> int:
-        """Classes of `slack_s` by which the owner is ahead: 0 in step, -1 behind, above 0 over its share."""
-        return max(-1, int((owner.tag - self.virtual_s) // self.slack_s))
+    def start_tag(self, owner: Owner) -> float:
+        """Return the virtual time at which the owner's next job would begin."""
+        if owner.tag < self.virtual_s - self.slack_s:
+            return self.virtual_s - self.slack_s
+        return max(owner.tag, self.virtual_s)

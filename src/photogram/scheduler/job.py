@@ -6,7 +6,7 @@ Times are seconds of one monotonic clock, the caller's; nothing here reads a clo
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from .fairness import Owner
@@ -76,6 +76,7 @@ class Run:
     job_ids: tuple[str, ...]
     kind: str
     phase: Phase
+    size_hint: float = field(default=1.0, compare=False)
 
 
 Plan = Start | Run

@@ -1,23 +1,27 @@
-"""Who goes first: the settings and the one comparison that every decision is made by.
+"""Who goes first: the settings and the comparisons that every decision is made by.
 
-`Policy.standing` gives each job a tuple; the greatest goes first. Its parts, from the strongest:
+Each owner sends the best of its jobs, then the owners' best are compared; the greater tuple goes first.
 
-1. *Priority, aged.* Higher priorities strictly first. Waiting lifts a job by one level per `ageing_s`, up to the
-   highest priority that competes, so nothing starves (Kleinrock's time-dependent priorities, 1964). Waiting is time
-   in the system without service; the period is at least `ageing_sizes` times the longest job at hand, so that on a
-   slow machine a long job does not outrank short ones merely for being long.
-2. *Fairness between owners*, in classes as `fairness.py` tells. Above ageing among equals, so that an owner's
-   backlog does not grow old into an advantage over others.
-3. *Age*, in whole ageing periods: under lasting overload the order inside an owner becomes first-come.
-4. *Response ratio over remaining time*: (1 + waited / size) / remaining ** `bias`. The numerator is highest
-   response ratio next (Brinch Hansen, 1971): short jobs gain rank quickly, long ones surely. The denominator is a
-   softened shortest remaining processing time (Schrage, 1968): it lets short jobs overtake between two calls and
-   lets jobs that are nearly done finish. With `bias` 0 all sizes are stretched alike, with 1 long jobs wait too
-   much; 0.5 held both bounds of the mixed workload in `tests/scheduler/test_mixed_load.py`.
+*Within an owner* (`Policy.standing`, with the phase):
 
-Before 4 the phase speaks: decode calls go first (they end a job and free its memory), then starts and encode calls
-while `EarlyBudget` covers them, so that newcomers can join the others' batches (vLLM's prefill first, SOSP 2023; the
-bound is the lesson of Sarathi-Serve, OSDI 2024: prefills must not stall running jobs).
+1. Priority, aged. Higher priorities strictly first. Every `ageing_s` in the system lifts a job by one level, up to
+   the highest priority that competes, so nothing starves (Kleinrock's time-dependent priorities, 1964). The period
+   is at least `ageing_sizes` times the longest job at hand, so that on a slow machine a long job does not outrank
+   short ones merely for being long.
+2. Overdue: four such periods or more. Under lasting overload the order becomes first-come.
+3. Phase. Decode calls first (they end a job and free its memory), then starts and encode calls while `EarlyBudget`
+   covers them, so that newcomers can join the others' batches (vLLM's prefill first, SOSP 2023; the bound is the
+   lesson of Sarathi-Serve, OSDI 2024: prefills must not stall running jobs).
+4. Response ratio over remaining time: (1 + time in the system / size) / remaining ** `bias`. The numerator is
+   highest response ratio next (Brinch Hansen, 1971): short jobs gain rank quickly, long ones surely, and of equal
+   ones the older is ahead. The denominator is a softened shortest remaining processing time (Schrage, 1968): it
+   lets short jobs overtake between two calls and jobs finish that are nearly done. Without it (`bias` 0) the short
+   jobs of the mixed workload in `tests/scheduler/test_mixed_load.py` take 2.5 times as long.
+
+*Between owners*: priority, phase, then the least virtual finish time, as `fairness.py` tells. How old an owner's
+backlog is has no say there.
+
+Calls of the last call's key count as `stickiness` times better, against needless switching of weights.
 """
 
 from __future__ import annotations
@@ -43,8 +47,10 @@ class SchedulerConfig:
     max_live_jobs: jobs started and not finished, at most.
     reserved_jobs: live places kept for jobs that rank above all live ones; None is one in eight.
     memory_bytes: memory that one forward pass may take; None is no bound.
-    fairness_slack_s: seconds of service by which owners may differ before fairness overrules size.
-    ageing_s: seconds of waiting that lift a job by one priority, at least.
+    order: "fair" is the policy; "fifo" is arrival order with the same batching, to compare with.
+    fairness_slack_s: seconds by which an owner may lag behind its share before it goes before shorter jobs.
+    fairness_sizes: the same in multiples of the longest job at hand; the greater one holds.
+    ageing_s: seconds in the system that lift a job by one priority, at least.
     ageing_sizes: the same in multiples of the longest job at hand.
     bias: how strongly shorter jobs are preferred, 0 to 1.
     stickiness: factor on the rank of calls like the last one, against needless switching of weights.
@@ -129,7 +135,7 @@ class Policy:
         self.ageing_s = config.ageing_s
 
     def note_longest(self, size_s: float) -> None:
-        """Set the ageing period from the longest job at hand."""
+        """Set the ageing period and the owners' slack from the longest job at hand."""
         self.ageing_s = max(self._config.ageing_s, self._config.ageing_sizes * size_s)
         self._shares.slack_s = max(self._config.fairness_slack_s, self._config.fairness_sizes * size_s)
 

@@ -16,11 +16,10 @@ from .backlog import Backlog
 from .batches import BatchLimits
 from .cost import CallCosts, JobCosts, Mean
 from .fairness import FairShare
-from .job import Job, JobTicket, PendingCall, Plan, Run, Start
+from .job import Job, JobTicket, PendingCall, Phase, Plan, Run, Start
 from .policy import DECODE, DENOISE, ENCODE, START, EarlyBudget, Policy, SchedulerConfig, Standing
 
 _PHASE_RANK = {"decode": DECODE, "encode": ENCODE, "denoise": DENOISE}
-_LOWEST: tuple[int, ...] = (-(10**9),)
 
 
 class Scheduler:
@@ -74,9 +73,12 @@ class Scheduler:
         self._forget(job)
         return True
 
+    # A pass may be reported by `ran` before or after its jobs went on: the device works behind the worker's back.
+
     def waiting(self, job_id: str, call: PendingCall, now: float) -> None:
         """The job is suspended at a call."""
         job = self._jobs[job_id]
+        self._settle(job)
         if job.state not in ("starting", "resumed"):
             raise ValueError(f"job '{job_id}': cannot come to a call while {job.state}.")
         job.call = call
@@ -87,6 +89,7 @@ class Scheduler:
     def stepped(self, job_id: str, step: int, num_steps: int) -> None:
         """The job has made `step` of `num_steps` denoising steps."""
         job = self._jobs[job_id]
+        self._settle(job)
         if step > job.step:
             self._job_costs.stepped(job, step - job.step)
             job.unstepped_s = 0.0
@@ -97,6 +100,7 @@ class Scheduler:
     def finished(self, job_id: str, now: float) -> None:
         """The job came to its end; its costs are learned from. Use `cancel` for a job that failed."""
         job = self._jobs[job_id]
+        self._settle(job)
         self._job_costs.finished(job)
         self._forget(job)
 
@@ -147,8 +151,9 @@ class Scheduler:
             if len(plan.job_ids) == 1:
                 return tuple(job.ticket.job_id for job in jobs)
             for job in jobs:
-                job.state = "waiting"
-                self._waiting[job.ticket.job_id] = job
+                if job.state == "running":
+                    job.state = "waiting"
+                    self._waiting[job.ticket.job_id] = job
             return ()
         self._batches.ran(plan.kind, len(plan.job_ids), peak_bytes)
         self._learn(plan, jobs, seconds)
@@ -191,8 +196,7 @@ class Scheduler:
         own_s = job.remaining_s + ahead_s.pop(job.owner.name, 0.0)
         total_s = own_s
         for name, seconds in ahead_s.items():
-            lead_s = max(0.0, job.owner.tag - self._shares.tag(name))
-            total_s += min(seconds, own_s + lead_s + self._shares.slack_s)
+            total_s += min(seconds, own_s + max(0.0, job.owner.tag - self._shares.tag(name)))
         return total_s / self._speedup
 
     # --- inside --------------------------------------------------------------------------------------------------
@@ -201,8 +205,18 @@ class Scheduler:
         """Return the queued jobs that compete for a live place, if there is one."""
         if not self._backlog or len(self._live) >= self.config.max_live_jobs:
             return []
-        standing = self._policy.standing
-        return self._backlog.shortlist(now, lambda job: (*standing(job, now, job.priority), -job.sequence))
+
+        def within_owner(job: Job) -> tuple[float, ...]:
+            return (*self._policy.standing(job, now, job.priority), -job.sequence)
+
+        def between_owners(job: Job) -> tuple[float, ...]:
+            return (job.priority, -self._finish_tag(job), -job.sequence)
+
+        return self._backlog.shortlist(now, within_owner, between_owners)
+
+    def _finish_tag(self, job: Job) -> float:
+        """Return the virtual time at which the job would be done if its owner ran nothing else."""
+        return self._shares.start_tag(job.owner) + job.remaining_s
 
     def _first(self, now: float, top: int, newcomers: list[Job]) -> Job:
         """Return the job that goes first: each owner sends its best, and the owners' best are compared."""
@@ -238,7 +252,7 @@ class Scheduler:
         best_rank: tuple[float, ...] = ()
         for rank, job, remaining_s in champions.values():
             level, overdue, phase, ratio, order = rank
-            across = (level, phase, -(job.owner.tag + remaining_s), ratio, order)
+            across = (level, phase, -(self._shares.start_tag(job.owner) + remaining_s), ratio, order)
             if best is None or across > best_rank:
                 best, best_rank = job, across
         assert best is not None
@@ -269,7 +283,7 @@ class Scheduler:
             job.state = "running"
             del self._waiting[job.ticket.job_id]
         self._last_key, self._last_lead = call.key, lead
-        return Run(tuple(job.ticket.job_id for job in members), call.kind, call.phase)
+        return Run(tuple(job.ticket.job_id for job in members), call.kind, call.phase, lead.ticket.size_hint)
 
     def _charge(self, job_ids: tuple[str, ...], seconds: float) -> None:
         """Book the time: a share to each member's owner, and none of it counts as waiting."""
@@ -280,8 +294,7 @@ class Scheduler:
 
     def _learn(self, plan: Run, jobs: list[Job], seconds: float) -> None:
         num_calls = len(plan.job_ids)
-        if jobs:
-            self._call_costs.observe(plan.kind, plan.phase, num_calls, jobs[0].ticket.size_hint, seconds)
+        self._call_costs.observe(plan.kind, plan.phase, num_calls, plan.size_hint, seconds)
         alone_s = self._call_costs.expected(plan.kind, 1)
         if alone_s is None:
             alone_s = seconds / num_calls
@@ -289,13 +302,24 @@ class Scheduler:
             weight = min(1.0, seconds / 10.0)
             self._speedup += weight * (max(1.0, num_calls * alone_s / seconds) - self._speedup)
         for job in jobs:
-            job.state = "resumed"
-            if plan.phase == "encode":
-                job.encode_s += alone_s
-            elif plan.phase == "denoise":
-                job.unstepped_s += alone_s
-            else:
-                job.decode_s += alone_s
+            if job.state == "running":
+                self._book(job, plan.phase, alone_s)
+
+    def _settle(self, job: Job) -> None:
+        """Book a pass that is not reported yet at the price expected of it."""
+        if job.state == "running":
+            assert job.call is not None
+            self._book(job, job.call.phase, self._call_costs.expected(job.call.kind, 1) or 0.0)
+
+    @staticmethod
+    def _book(job: Job, phase: Phase, alone_s: float) -> None:
+        job.state = "resumed"
+        if phase == "encode":
+            job.encode_s += alone_s
+        elif phase == "denoise":
+            job.unstepped_s += alone_s
+        else:
+            job.decode_s += alone_s
 
     def _estimate(self, job: Job) -> None:
         encode_s, step_s, decode_s = self._job_costs.rates(job.ticket)
@@ -306,7 +330,7 @@ class Scheduler:
         """True if `other` ranks above, leaving fairness between different owners to the caller."""
         theirs = self._policy.standing(other, now, job.priority)
         if other.owner is not job.owner:
-            return (theirs[0], -other.owner.tag - other.remaining_s) > (mine[0], -job.owner.tag - job.remaining_s)
+            return (theirs[0], -self._finish_tag(other)) > (mine[0], -self._finish_tag(job))
         return (*theirs, -other.sequence) > (*mine, -job.sequence)
 
     def _forget(self, job: Job) -> None:

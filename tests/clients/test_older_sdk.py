@@ -1,0 +1,54 @@
+"""The OpenAI SDK's major version 2, installed beside the current one, against the built-in model."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.long
+
+SCRIPT = """
+import asyncio, base64, sys
+import openai
+assert openai.__version__.startswith("2."), openai.__version__
+url = sys.argv[1]
+client = openai.OpenAI(base_url=url, api_key="sk-anything")
+answer = client.images.generate(prompt="a red circle", size="256x256", n=2, response_format="b64_json",
+                                extra_body={"seed": 3})
+assert len(answer.data) == 2
+assert base64.b64decode(answer.data[0].b64_json)[:4] == b"\\x89PNG"
+strict = openai.OpenAI(base_url=url, api_key="sk-anything", _strict_response_validation=True)
+assert strict.images.generate(prompt="a red circle", quality="high", size="1024x1024").usage.total_tokens > 0
+events = [event.type for event in client.images.generate(prompt="a red circle", stream=True, partial_images=2)]
+assert events == ["image_generation.partial_image"] * 2 + ["image_generation.completed"], events
+assert client.models.list().data[0].id == "demo-image"
+try:
+    client.images.generate(prompt="a red circle", n=11)
+except openai.BadRequestError as error:
+    assert error.param == "n"
+else:
+    raise AssertionError("n=11 was accepted")
+
+async def later():
+    answer = await openai.AsyncOpenAI(base_url=url, api_key="sk-anything").images.generate(prompt="a blue star")
+    assert answer.data[0].b64_json
+
+asyncio.run(later())
+print("done")
+"""
+
+
+@pytest.mark.parametrize("version", ["2.3.0", "2.54.0"])
+def test_sdk_of_the_second_generation_works(version, live_server, tmp_path):
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(tmp_path), f"openai=={version}"]
+    subprocess.run(install, check=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, f"{live_server.url}/v1"],
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.strip() == "done"
