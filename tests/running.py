@@ -42,8 +42,8 @@ class Running:
     def start(self, *, ready: bool = True) -> Running:
         command = [
             sys.executable,
-            "-c",
-            "import sys; from photogram.cli import main; sys.exit(main())",
+            "-m",
+            "photogram",
             "serve",
             *self.flags,
         ]

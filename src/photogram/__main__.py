@@ -1,4 +1,4 @@
-"""`python -m photogram`, the same as the command `photogram`."""
+"""`python -m photogram`: the same as the command `photogram`."""
 
 import sys
 

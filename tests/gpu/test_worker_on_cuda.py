@@ -5,10 +5,7 @@ import time
 
 import pytest
 
-torch = pytest.importorskip("torch")
-if not torch.cuda.is_available():
-    pytest.skip("needs CUDA", allow_module_level=True)
-
+import torch
 from diffusers import DiffusionPipeline
 
 from photogram.core.config import ServeConfig
@@ -17,7 +14,7 @@ from photogram.worker.worker import Worker
 from worker.drawing import Studio, draw_alone, relative_error
 from worker.test_families_served import STACKED_TOLERANCE, requests_of
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 
 FAMILIES = (
     "stable-diffusion-xl",

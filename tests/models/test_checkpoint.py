@@ -1,4 +1,4 @@
-"""From `--model-path` to a folder: built-in names, local folders, hub repositories in their cache, and what is refused."""
+"""From `--model-path` to a folder: built-in names, folders, hub repositories in their cache, and what is refused."""
 
 import json
 import shutil
@@ -138,8 +138,8 @@ def test_serve_ends_with_one_line_and_code_2(model, tmp_path):
         port = probe.getsockname()[1]
     command = [
         sys.executable,
-        "-c",
-        "import sys; from photogram.cli import main; sys.exit(main())",
+        "-m",
+        "photogram",
         "serve",
         "--model-path",
         model,

@@ -49,7 +49,8 @@ def test_progress_never_falls_and_counts_every_step(studio):
     reports = [message for message in studio.messages if isinstance(message, Progress)]
     fractions = [report.fraction for report in reports]
     assert fractions == sorted(fractions)
-    assert fractions[0] >= 0 and fractions[-1] < 1
+    assert fractions[0] >= 0
+    assert fractions[-1] < 1
     assert {report.step for report in reports if report.phase == "denoise"} >= set(range(9))
     assert {report.num_steps for report in reports} == {9}
 

@@ -80,7 +80,7 @@ class ServeConfig:
     max_upload_mb: int = setting(50, "size of one upload, MB")
     request_timeout_s: float = setting(3600.0, "seconds a job may take from acceptance to pixels")
     hang_timeout_s: float = setting(600.0, "seconds one call may take before the worker is replaced")
-    worker_memory_gb: float | None = setting(None, "memory jobs on the CPU may take beyond the loaded model, GB; default: no limit")
+    worker_memory_gb: float | None = setting(None, "memory jobs on the CPU may take beyond the model, GB, at most")
     # --- results
     data_dir: str = setting("~/.local/share/photogram", "folder for the job store and finished files")
     keep: str = setting("7d,20GB", "how long and how much finished work is kept: age, size or both")

@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from ..core.messages import ToHost, ToWorker
 from ..core.wire import HEADER_BYTES, body_length, pack, to_host
@@ -25,7 +26,9 @@ class WorkerProcess:
     The socket lies in a folder that only this user can enter and is gone once the worker has connected.
     """
 
-    def __init__(self, process: asyncio.subprocess.Process, reader: asyncio.StreamReader, writer: asyncio.StreamWriter):
+    def __init__(
+        self, process: asyncio.subprocess.Process, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
         self._process = process
         self._reader = reader
         self._writer = writer
@@ -62,7 +65,8 @@ class WorkerProcess:
             )
             ended = asyncio.ensure_future(process.wait())
             try:
-                await asyncio.wait({accepted, ended}, timeout=CONNECT_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
+                first: set[asyncio.Future[Any]] = {accepted, ended}
+                await asyncio.wait(first, timeout=CONNECT_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
                 if not accepted.done():
                     if process.returncode is None:
                         process.kill()

@@ -119,7 +119,12 @@ def request_parameters(parameters: Mapping[str, inspect.Parameter], guidance: st
     """Return the call arguments a request may set by name: plain values that are not the server's own affair."""
     found: dict[str, ParameterKind] = {}
     for name, parameter in parameters.items():
-        if name in _RESERVED or name == guidance or name.startswith("_") or any(part in name for part in _RESERVED_PARTS):
+        if (
+            name in _RESERVED
+            or name == guidance
+            or name.startswith("_")
+            or any(part in name for part in _RESERVED_PARTS)
+        ):
             continue
         kind = _KINDS.get(type(parameter.default)) or _kind_of_annotation(str(parameter.annotation))
         if kind is not None:

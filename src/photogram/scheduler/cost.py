@@ -108,14 +108,24 @@ class _Parts:
     encode: Mean
     step: Mean
     decode: Mean
+    told_s: float = 0.0  # the price of a step when `version` last moved for it
 
 
 class JobCosts:
-    """Seconds of the parts of a job, by its kind and size."""
+    """Seconds of the parts of a job, by its kind and size.
+
+    `version` moves when some price changed by more than a tenth: estimates made before are then out of date.
+    """
 
     def __init__(self) -> None:
         self._parts: OrderedDict[tuple[str, float], _Parts] = OrderedDict()
         self._guesses: dict[tuple[str, float], tuple[_Parts, float] | None] = {}
+        self.version = 0
+
+    def has_measured(self, ticket: JobTicket) -> bool:
+        """True once a step of a job of this very kind and size was seen."""
+        parts = self._parts.get((ticket.kind, ticket.size_hint))
+        return parts is not None and parts.step.num_samples > 0
 
     def knows(self, ticket: JobTicket) -> bool:
         """True once a step of some job was seen from which this one's can be told."""
@@ -136,8 +146,7 @@ class JobCosts:
         if job.step == 0 and job.unstepped_s == 0:
             left += max(0.0, encode_s - job.encode_s)
         if job.num_steps > job.step:
-            price_s = step_s if job.step_s is None else job.step_s
-            left += max(0.0, price_s * (job.num_steps - job.step) - job.unstepped_s)
+            left += max(0.0, step_s * (job.num_steps - job.step) - job.unstepped_s)
         return left
 
     def stepped(self, job: Job, num_steps: int) -> None:
@@ -145,13 +154,14 @@ class JobCosts:
         seconds = job.unstepped_s / num_steps
         if seconds <= 0:
             return
-        job.step_s = seconds if job.step_s is None else job.step_s + _ALPHA * (seconds - job.step_s)
-        self._entry(job.ticket).step.add(seconds)
+        parts = self._entry(job.ticket)
+        parts.step.add(seconds)
+        if abs(parts.step.value - parts.told_s) > 0.1 * parts.told_s:
+            parts.told_s = parts.step.value
+            self.version += 1
 
     def finished(self, job: Job) -> None:
         """Learn from a job that came to its end."""
-        if job.step_s is None:
-            return
         parts = self._entry(job.ticket)
         parts.encode.add(job.encode_s)
         parts.decode.add(job.decode_s)

@@ -75,8 +75,11 @@ class FairShare:
         owner.tag = max(owner.tag, self.virtual_s - self.slack_s) + seconds
         self.virtual_s += seconds / max(1, self._num_active)
 
-    def start_tag(self, owner: Owner) -> float:
-        """Return the virtual time at which the owner's next job would begin."""
-        if owner.tag < self.virtual_s - self.slack_s:
-            return self.virtual_s - self.slack_s
-        return max(owner.tag, self.virtual_s)
+    def finish_tag(self, owner: Owner, remaining_s: float) -> float:
+        """Return the virtual time at which the owner's job is due that needs `remaining_s` more.
+
+        Neither lateness up to the slack nor need beyond it count, so a wrong estimate costs an owner no more.
+        """
+        late = owner.tag < self.virtual_s - self.slack_s
+        start = self.virtual_s - self.slack_s if late else max(owner.tag, self.virtual_s)
+        return start + min(remaining_s, self.slack_s)

@@ -93,15 +93,16 @@ class Job:
         "call",
         "decode_s",
         "encode_s",
+        "is_measured",
         "num_steps",
         "owner",
+        "priced_at",
         "priority",
         "remaining_s",
         "sequence",
         "size_s",
         "state",
         "step",
-        "step_s",
         "ticket",
         "unstepped_s",
         "urgency",
@@ -119,7 +120,8 @@ class Job:
         self.encode_s = 0.0
         self.unstepped_s = 0.0  # denoiser time since the last reported step
         self.decode_s = 0.0
-        self.step_s: float | None = None  # this job's own price of a step, once it has made one
+        self.priced_at = -1  # version of the prices that the estimates below were made with
+        self.is_measured = False
         self.remaining_s = 0.0
         self.size_s = 0.0
         self.urgency = 0.0

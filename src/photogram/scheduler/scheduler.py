@@ -181,12 +181,17 @@ class Scheduler:
         job = self._jobs[job_id]
         if not self._job_costs.knows(job.ticket):
             return None
+        self._estimate(job)
         mine = self._policy.standing(job, now, job.priority)
         ahead_s: dict[str, float] = {}
         for other in self._live.values():
+            if other.priced_at != self._job_costs.version:
+                self._estimate(other)
             if other is not job and self._goes_before(other, job, now, mine):
                 ahead_s[other.owner.name] = ahead_s.get(other.owner.name, 0.0) + other.remaining_s
         for head, last, length in self._backlog.lines():
+            if head.priced_at != self._job_costs.version:
+                self._estimate(head)
             num_ahead = 0.0
             if self._backlog.is_in_line_of(job, head):
                 num_ahead = length * (job.sequence - head.sequence) / max(1, last.sequence - head.sequence + 1)
@@ -207,6 +212,8 @@ class Scheduler:
             return []
 
         def within_owner(job: Job) -> tuple[float, ...]:
+            if job.priced_at != self._job_costs.version:
+                self._estimate(job)
             return (*self._policy.standing(job, now, job.priority), -job.sequence)
 
         def between_owners(job: Job) -> tuple[float, ...]:
@@ -216,7 +223,7 @@ class Scheduler:
 
     def _finish_tag(self, job: Job) -> float:
         """Return the virtual time at which the job would be done if its owner ran nothing else."""
-        return self._shares.start_tag(job.owner) + job.remaining_s
+        return self._shares.finish_tag(job.owner, job.remaining_s)
 
     def _first(self, now: float, top: int, newcomers: list[Job]) -> Job:
         """Return the job that goes first: each owner sends its best, and the owners' best are compared."""
@@ -225,9 +232,11 @@ class Scheduler:
         has_place = len(self._live) < self.config.max_live_jobs - self.config.reserve
         start_phase = START if has_place and early.covers(self._start_s.value) else DENOISE
         champions: dict[str, tuple[tuple[float, ...], Job, float]] = {}
-        longest_s = 0.0
+        longest_s, version = 0.0, self._job_costs.version
         for jobs in (self._waiting.values(), newcomers):
             for job in jobs:
+                if job.priced_at != version:
+                    self._estimate(job)
                 level, overdue, ratio = policy.standing(job, now, top)
                 remaining_s = job.remaining_s
                 call = job.call
@@ -240,7 +249,7 @@ class Scheduler:
                     if fair and (job is self._last_lead or (call.key is not None and call.key == self._last_key)):
                         ratio *= self.config.stickiness
                         remaining_s /= self.config.stickiness
-                    if job.step_s is not None and job.size_s > longest_s:
+                    if job.is_measured and job.size_s > longest_s:
                         longest_s = job.size_s
                 rank = (level, overdue, phase, ratio, -job.sequence)
                 name = job.owner.name if fair else ""
@@ -248,11 +257,11 @@ class Scheduler:
                 if champion is None or rank > champion[0]:
                     champions[name] = (rank, job, remaining_s)
         policy.note_longest(longest_s)
-        best = None
+        best: Job | None = None
         best_rank: tuple[float, ...] = ()
         for rank, job, remaining_s in champions.values():
             level, overdue, phase, ratio, order = rank
-            across = (level, phase, -(self._shares.start_tag(job.owner) + remaining_s), ratio, order)
+            across: tuple[float, ...] = (level, phase, -self._shares.finish_tag(job.owner, remaining_s), ratio, order)
             if best is None or across > best_rank:
                 best, best_rank = job, across
         assert best is not None
@@ -323,7 +332,9 @@ class Scheduler:
 
     def _estimate(self, job: Job) -> None:
         encode_s, step_s, decode_s = self._job_costs.rates(job.ticket)
-        size_s = encode_s + decode_s + job.num_steps * (step_s if job.step_s is None else job.step_s)
+        size_s = encode_s + decode_s + job.num_steps * step_s
+        job.priced_at = self._job_costs.version
+        job.is_measured = self._job_costs.has_measured(job.ticket)
         self._policy.rate(job, size_s, self._job_costs.remaining_s(job))
 
     def _goes_before(self, other: Job, job: Job, now: float, mine: Standing) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -22,26 +22,29 @@ MAX_IN_FLIGHT = 2
 class _Pass:
     start: torch.cuda.Event
     end: torch.cuda.Event
-    report: Callable[[float], None]
+    like: Hashable
 
 
 class Pace:
-    """Times passes; at most `MAX_IN_FLIGHT` of them are on the device."""
+    """Times passes; at most `MAX_IN_FLIGHT` of them are on the device.
+
+    What a pass took is known on a GPU only when it is over, and by then the next is launched. So the first of its
+    like is waited for, and later ones are reported to take what the last finished one of their like did.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._in_flight: deque[_Pass] = deque()
+        self._seconds: dict[Hashable, float] = {}
 
     def wait_for_room(self) -> None:
-        """Wait until fewer than the bound are in flight, and report the seconds of those that are over."""
+        """Wait until fewer than the bound are in flight, and note the seconds of those that are over."""
         while self._in_flight and (len(self._in_flight) >= MAX_IN_FLIGHT or self._in_flight[0].end.query()):
-            oldest = self._in_flight.popleft()
-            oldest.end.synchronize()
-            oldest.report(oldest.start.elapsed_time(oldest.end) / 1000)
+            self._note(self._in_flight.popleft())
 
     @contextmanager
-    def measured(self, report: Callable[[float], None]) -> Iterator[None]:
-        """Time what is launched inside; `report` is given its seconds, at once on the CPU, later on a GPU."""
+    def measured(self, like: Hashable, report: Callable[[float], None]) -> Iterator[None]:
+        """Time what is launched inside; `report` is given its seconds. Passes of equal `like` cost alike."""
         if self._device.type != "cuda":
             started = time.perf_counter()
             yield
@@ -51,7 +54,10 @@ class Pace:
         start.record()
         yield
         end.record()
-        self._in_flight.append(_Pass(start, end, report))
+        self._in_flight.append(_Pass(start, end, like))
+        if like not in self._seconds:
+            self._note(self._in_flight.pop())
+        report(self._seconds[like])
 
     def release_memory(self) -> None:
         """Give cached device memory back after a pass that did not fit."""
@@ -59,3 +65,7 @@ class Pace:
             self._in_flight.clear()
             torch.cuda.synchronize(self._device)
             torch.cuda.empty_cache()
+
+    def _note(self, finished: _Pass) -> None:
+        finished.end.synchronize()
+        self._seconds[finished.like] = finished.start.elapsed_time(finished.end) / 1000

@@ -133,7 +133,7 @@ class Worker:
         self._pace.wait_for_room()
         started = self._clock()
         try:
-            with self._pace.measured(lambda seconds: self._ran(plan, seconds)):
+            with self._pace.measured((plan.kind, len(jobs)), partial(self._ran, plan)):
                 answers = self._answers(jobs)
         except Exception as error:
             self._could_not_run(plan, jobs, error, self._clock() - started)
