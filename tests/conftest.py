@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Bits are compared: one thread keeps the order of every sum.
@@ -11,9 +12,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
+if TYPE_CHECKING:
+    from running import Running
 
-from running import Running, serve
+sys.path.insert(0, str(Path(__file__).parent))
 
 
 @pytest.fixture(scope="session")
@@ -30,8 +32,10 @@ def family_folder(families_root):
 
 
 @pytest.fixture(scope="session")
-def live_server(tmp_path_factory) -> Iterator[Running]:
+def live_server(tmp_path_factory) -> Iterator["Running"]:
     """`photogram serve` with the built-in image model, warm, shared by all tests that do it no harm."""
+    from running import serve
+
     server = serve(tmp_path_factory.mktemp("live"))
     yield server
     server.stop()

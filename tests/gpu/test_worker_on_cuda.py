@@ -4,7 +4,6 @@ import gc
 import time
 
 import pytest
-
 import torch
 from diffusers import DiffusionPipeline
 

@@ -14,6 +14,36 @@ class DeviceLost(Exception):
     """A sticky device error: every later call in this process would fail, so the process must be replaced."""
 
 
+# Of the device's free memory, the share that passes may take; the rest is fragmentation and other people's programs.
+USABLE_SHARE = 0.9
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Return what passes may take on a GPU once the model is loaded; None on a CPU, where it is not known."""
+    if device.type != "cuda":
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(USABLE_SHARE * (free + cached))
+
+
+class PeakMemory:
+    """Tells how much memory a pass took beyond what was held before it. Costs no waiting for the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device if device.type == "cuda" else None
+        self._held = 0
+
+    def begin(self) -> None:
+        if self._device is not None:
+            torch.cuda.reset_peak_memory_stats(self._device)
+            self._held = torch.cuda.memory_allocated(self._device)
+
+    def taken(self) -> int | None:
+        """Return the bytes taken since `begin`; None on a CPU."""
+        return None if self._device is None else torch.cuda.max_memory_allocated(self._device) - self._held
+
+
 def device_error(error: Exception, device: torch.device) -> Exception:
     """Return OutOfMemory or DeviceLost where that is what happened, else the error itself."""
     if isinstance(error, OutOfMemory | DeviceLost):

@@ -20,7 +20,7 @@ from .fibers import Call, Fiber, Returned
 from .frame_store import FrameStore
 from .job import Job, replay
 from .loading import ServedPipeline
-from .memory import DeviceLost, device_error
+from .memory import DeviceLost, PeakMemory, device_error, free_bytes
 from .pace import Pace
 from .prompt_cache import PromptCache, readable
 from .stacking import Stacker
@@ -50,10 +50,12 @@ class Worker:
         self._clock = clock
         self._frames = FrameStore(config.frames_dir)
         self._pace = Pace(served.device)
+        self._peak = PeakMemory(served.device)
         self._scheduler = Scheduler(
             SchedulerConfig(
                 max_batch_size=config.max_batch_size,
                 max_live_jobs=1 if served.runs_alone else config.max_live_jobs,
+                memory_bytes=free_bytes(served.device),
             )
         )
 
@@ -131,6 +133,7 @@ class Worker:
             job.calls_run += 1
         self._emit(Began(plan.job_ids, calls[0].module.name, self._scheduler.expected_s(plan)))
         self._pace.wait_for_room()
+        self._peak.begin()
         started = self._clock()
         try:
             with self._pace.measured((plan.kind, len(jobs)), partial(self._ran, plan)):
@@ -144,7 +147,7 @@ class Worker:
             self._proceed(job, partial(job.fiber.resume, self._noted(job, call, answer)))
 
     def _ran(self, plan: Run, seconds: float) -> None:
-        self._scheduler.ran(plan, seconds, self._clock())
+        self._scheduler.ran(plan, seconds, self._clock(), peak_bytes=self._peak.taken())
 
     def _answers(self, jobs: list[Job]) -> list[Any]:
         if len(jobs) == 1:
