@@ -55,13 +55,13 @@ def test_lowest_priority_finishes_under_constant_load_of_the_highest(owner, load
     gap = LONER.call_s * 2 * 10 / load
     jobs = [SimJob(job_id="low", shape=LONER, steps=10, arrives_at=1.0, priority=-10, owner=owner)]
     jobs += [
-        SimJob(job_id=str(i), shape=LONER, steps=10, arrives_at=i * gap, priority=10, owner="same") for i in range(4000)
+        SimJob(job_id=str(i), shape=LONER, steps=10, arrives_at=i * gap, priority=10, owner="same") for i in range(1000)
     ]
     config = SchedulerConfig(ageing_s=5.0, ageing_sizes=5.0)
     simulate(Scheduler(config), jobs, until=jobs[-1].arrives_at)
     assert jobs[0].finished_at is not None
-    # 20 levels of 5 s each, then at most the backlog that had grown by then.
-    assert jobs[0].latency_s < 20 * 5 * load * 1.5
+    # 20 levels of 5 s each, then the jobs that had come by then.
+    assert jobs[0].latency_s < 20 * 5 * load + 10
 
 
 def test_higher_priority_goes_strictly_first():
@@ -73,31 +73,38 @@ def test_higher_priority_goes_strictly_first():
 
 
 @settings(max_examples=8, deadline=None, phases=[Phase.explicit, Phase.generate])
-@given(seed=st.integers(0, 1000), horizon=st.floats(60, 400), same_shape=st.booleans())
+@given(seed=st.integers(0, 1000), horizon=st.floats(60, 300), same_shape=st.booleans())
 def test_two_busy_owners_get_equal_service_although_one_submits_a_hundred_times_the_jobs(seed, horizon, same_shape):
     rng = random.Random(seed)
-    many = [SimJob(job_id=f"m{i}", shape=LONER, steps=25, arrives_at=0.0, owner="many") for i in range(1000)]
-    if same_shape:  # one job at a time, the next as soon as one could be done
-        few = [SimJob(job_id=f"f{i}", shape=LONER, steps=25, arrives_at=0.0, owner="few") for i in range(10 * 40)]
-    else:
-        few = [
-            SimJob(job_id=f"f{i}", shape=CLIP, steps=50, arrives_at=rng.uniform(0, 1), owner="few") for i in range(10)
-        ]
+    many = [SimJob(job_id=f"m{i}", shape=LONER, steps=5, arrives_at=0.0, owner="many") for i in range(1500)]
+    few_shape, steps, number = (LONER, 500, 15) if same_shape else (CLIP, 50, 10)
+    few = [
+        SimJob(job_id=f"f{i}", shape=few_shape, steps=steps, arrives_at=rng.uniform(0, 1), owner="few")
+        for i in range(number)
+    ]
     config = SchedulerConfig(max_batch_size=1)
     outcome = simulate(Scheduler(config), many + few, max_batch_size=1, until=horizon)
     longest_s = max(job.alone_s for job in many + few)
     slack_s = max(config.fairness_slack_s, config.fairness_sizes * longest_s)
     difference_s = abs(outcome.service_s["many"] - outcome.service_s["few"])
-    assert difference_s <= slack_s * 1.1 + 2 * CLIP.call_s + 1.0
+    assert difference_s <= 1.1 * slack_s + 2 * CLIP.call_s
 
 
-def test_owner_who_idled_has_no_credit_and_owner_who_worked_no_debt_beyond_the_slack():
+def test_two_owners_of_equal_jobs_are_never_further_apart_than_two_jobs():
+    jobs = [SimJob(job_id=f"m{i}", shape=LONER, steps=25, arrives_at=0.0, owner="many") for i in range(1000)]
+    jobs += [SimJob(job_id=f"f{i}", shape=LONER, steps=25, arrives_at=i * 2.2, owner="few") for i in range(40)]
+    outcome = simulate(Scheduler(SchedulerConfig()), jobs, until=80.0)
+    few_s = sum(job.alone_s for job in jobs[1000:1036])
+    assert abs(outcome.service_s["few"] - few_s) <= 2 * jobs[0].alone_s  # all it asked for, which is just under half
+
+
+def test_owner_who_idled_has_neither_credit_nor_debt():
     early = [SimJob(job_id=f"e{i}", shape=LONER, steps=25, arrives_at=0.0, owner="early") for i in range(400)]
     late = [SimJob(job_id=f"l{i}", shape=LONER, steps=25, arrives_at=200.0, owner="late") for i in range(400)]
     config = SchedulerConfig()
     outcome = simulate(Scheduler(config), early + late, until=280.0)
     late_s = outcome.service_s["late"]
-    assert abs(late_s - 40.0) <= config.fairness_slack_s + 1.0
+    assert abs(late_s - 40.0) <= 2 * late[0].alone_s
 
 
 def test_many_owners_with_one_job_each_share_with_one_who_has_many():
@@ -105,9 +112,8 @@ def test_many_owners_with_one_job_each_share_with_one_who_has_many():
     hog = [SimJob(job_id=f"h{i}", shape=LONER, steps=25, arrives_at=0.0, owner="hog") for i in range(1000)]
     simulate(Scheduler(SchedulerConfig()), crowd + hog, until=210.0)
     waits = [job.latency_s / job.alone_s for job in crowd if job.finished_at is not None]
-    assert len(waits) >= 49
-    # The hog may be ahead by the slack of ten seconds at first; from then on newcomers go before it.
-    assert max(waits[15:]) < 4.0
+    assert len(waits) == 50
+    assert max(waits) < 3.0
 
 
 def test_newcomer_starts_at_once_when_all_places_are_taken_by_long_jobs():

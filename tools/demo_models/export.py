@@ -27,8 +27,8 @@ def export_image(folder: Path, target: Path, checkpoint: str = "image_distilled"
         transformer=transformer.eval(),
         is_distilled=True,
     )
-    if target.exists():
-        shutil.rmtree(target)
+    for part in target.glob("*/"):
+        shutil.rmtree(part)  # the model's card (photogram.json) is written by hand and stays
     pipeline.to(torch.bfloat16).save_pretrained(target)
     finish_folder(target)
 

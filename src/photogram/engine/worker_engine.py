@@ -51,6 +51,7 @@ class _Job:
     listener: Listener
     tries: int = 0
     interruptions: int = 0
+    cancelled: bool = False
 
 
 @dataclass(slots=True)
@@ -80,6 +81,7 @@ class WorkerEngine:
         self._idle.set()
         self._stopping = False
         self._num_restarts = 0
+        self._reason = ""  # why the present worker was or is to be ended by us
 
     # --- Engine
 
@@ -118,6 +120,7 @@ class WorkerEngine:
         job = self._jobs.get(job_id)
         if job is None:
             return
+        job.cancelled = True
         if self._worker is not None and self._ready.is_set():
             self._worker.send(Cancel(job_id))
         else:
@@ -125,10 +128,11 @@ class WorkerEngine:
 
     async def stop(self, grace_s: float) -> None:
         self._stopping = True
-        try:
-            await asyncio.wait_for(self._idle.wait(), grace_s)
-        except TimeoutError:
-            logger.warning("%d jobs did not finish within %.0f s", len(self._jobs), grace_s)
+        if not self._idle.is_set():
+            try:
+                await asyncio.wait_for(self._idle.wait(), grace_s)
+            except TimeoutError:
+                logger.warning("%d jobs did not finish within %.0f s", len(self._jobs), grace_s)
         if self._worker is not None:
             self._worker.send(Shutdown())
             await self._worker.wait(timeout_s=5.0)
@@ -147,7 +151,8 @@ class WorkerEngine:
         while not self._stopping:
             code, was_ready, reason = await self._live_once()
             if self._stopping:
-                return
+                self._set_status("stopped", f"The server is stopping, and its worker ended ({_describe(code)}).")
+                break
             if self._status.state == "failed":
                 break
             failed_starts = 0 if was_ready else failed_starts + 1
@@ -183,8 +188,6 @@ class WorkerEngine:
         was_ready = self._ready.is_set()
         self._ready.clear()
         return code, was_ready, self._reason
-
-    _reason = ""
 
     async def _watch(self, worker: WorkerProcess) -> None:
         """End a worker that says nothing for longer than its pass can explain."""
@@ -245,6 +248,9 @@ class WorkerEngine:
         """Decide for each job in hand whether the next worker gets it."""
         running, self._running = self._running, frozenset()
         for job_id, job in list(self._jobs.items()):
+            if job.cancelled:
+                self._conclude(Failed(job_id, "cancelled", "The job was cancelled."))
+                continue
             if job_id in running:
                 job.tries += 1
             else:

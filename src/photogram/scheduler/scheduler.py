@@ -251,7 +251,7 @@ class Scheduler:
                         remaining_s /= self.config.stickiness
                     if job.is_measured and job.size_s > longest_s:
                         longest_s = job.size_s
-                rank = (level, overdue, phase, ratio, -job.sequence)
+                rank: tuple[float, ...] = (level, overdue, phase, ratio, -job.sequence)
                 name = job.owner.name if fair else ""
                 champion = champions.get(name)
                 if champion is None or rank > champion[0]:
@@ -260,8 +260,7 @@ class Scheduler:
         best: Job | None = None
         best_rank: tuple[float, ...] = ()
         for rank, job, remaining_s in champions.values():
-            level, overdue, phase, ratio, order = rank
-            across: tuple[float, ...] = (level, phase, -self._shares.finish_tag(job.owner, remaining_s), ratio, order)
+            across = (rank[0], rank[2], -self._shares.finish_tag(job.owner, remaining_s), *rank[3:])
             if best is None or across > best_rank:
                 best, best_rank = job, across
         assert best is not None
@@ -291,7 +290,8 @@ class Scheduler:
         for job in members:
             job.state = "running"
             del self._waiting[job.ticket.job_id]
-        self._last_key, self._last_lead = call.key, lead
+        if call.phase == "denoise":
+            self._last_key, self._last_lead = call.key, lead
         return Run(tuple(job.ticket.job_id for job in members), call.kind, call.phase, lead.ticket.size_hint)
 
     def _charge(self, job_ids: tuple[str, ...], seconds: float) -> None:
