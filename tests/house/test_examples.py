@@ -71,6 +71,11 @@ def test_curl(server: str, tmp_path: Path) -> None:
     assert size(tmp_path / "output.png") == (256, 256)
 
 
+def test_contact_sheet(server: str, tmp_path: Path) -> None:
+    run([sys.executable, example("contact_sheet.py"), "sheet.webp"], tmp_path, server)
+    assert size(tmp_path / "sheet.webp") == (6 * 192, 4 * (192 + 30))
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_the_code_of_a_page_runs_from_top_to_bottom(page: Path, server: str, tmp_path: Path) -> None:
     script = ["import subprocess"]

@@ -68,6 +68,7 @@ def test_ready_tells_the_truth_while_the_worker_is_replaced(server):
     assert draw(server).size == (64, 64)
 
 
+@pytest.mark.long
 def test_hung_worker_is_replaced_and_the_job_is_drawn(server):
     server.wait_ready()
     job = in_background(draw, server, steps=150)
@@ -79,6 +80,7 @@ def test_hung_worker_is_replaced_and_the_job_is_drawn(server):
     assert server.worker_pid() != hung
 
 
+@pytest.mark.long
 def test_job_whose_worker_dies_twice_fails_with_a_reason(server):
     server.wait_ready()
     ended = threading.Event()

@@ -64,7 +64,9 @@ def main() -> None:
     """Parse the command line and run one phase."""
     parser = argparse.ArgumentParser(prog="python -m tools.demo_models", description=__doc__)
     parser.add_argument("phase", choices=("tokenizers", "image-vae", "image"))
-    parser.add_argument("--folder", type=Path, default=Path(".demo-train"), help="checkpoints are read and written here")
+    parser.add_argument(
+        "--folder", type=Path, default=Path(".demo-train"), help="checkpoints are read and written here"
+    )
     parser.add_argument("--seconds", type=float, default=480, help="wall-clock limit of this phase")
     parser.add_argument("--distil-seconds", type=float, default=80, help="image: the last part, spent on distillation")
     parser.add_argument("--lora-seconds", type=float, default=0, help="image: seconds for each LoRA, after all else")

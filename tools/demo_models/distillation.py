@@ -27,7 +27,7 @@ def encode_texts(trainer: ImageTrainer, tokenizer: object, texts: list[str]) -> 
     ids = torch.zeros(len(texts), MAX_TOKENS, dtype=torch.long)
     lengths = torch.zeros(len(texts), dtype=torch.long)
     for i, text in enumerate(texts):
-        row = tokenizer.encode(text, add_special_tokens=False).ids[: MAX_TOKENS - 1] + [END_ID]
+        row = [*tokenizer.encode(text, add_special_tokens=False).ids[: MAX_TOKENS - 1], END_ID]
         ids[i, : len(row)], lengths[i] = torch.tensor(row), len(row)
     return ids.to(trainer.run.device), lengths.to(trainer.run.device)
 

@@ -155,7 +155,9 @@ def _resize(rng: Random, target: Scene, index: int, ref: str) -> str | None:
     if overlaps(item, others, 1.0):
         return None
     adjective = rng.choice(["bigger", "bigger", "larger"] if grow else ["smaller"])
-    return rng.choice([f"make {ref} {adjective}", f"make {ref} {adjective}", f"{'enlarge' if grow else 'shrink'} {ref}"])
+    return rng.choice(
+        [f"make {ref} {adjective}", f"make {ref} {adjective}", f"{'enlarge' if grow else 'shrink'} {ref}"]
+    )
 
 
 def _reshape(rng: Random, item: Item, ref: str) -> str:
@@ -217,4 +219,3 @@ def random_edit(rng: Random) -> Edit:
         if rng.random() < 0.15:
             text += "."
         return Edit(source, target, text, kind, free)
-

@@ -24,7 +24,7 @@ def _encode(tokenizer_file: str, end_id: int) -> Callable[[list[str]], tuple[np.
         ids = np.zeros((len(texts), MAX_TOKENS), np.int64)
         lengths = np.zeros(len(texts), np.int64)
         for i, one in enumerate(tokenizer.encode_batch(texts, add_special_tokens=False)):
-            row = one.ids[: MAX_TOKENS - 1] + [end_id]
+            row = [*one.ids[: MAX_TOKENS - 1], end_id]
             ids[i, : len(row)], lengths[i] = row, len(row)
         return ids, lengths
 
@@ -35,7 +35,9 @@ def _prefixed(prefix: str, arrays: Batch) -> Batch:
     return {prefix + key: value for key, value in arrays.items()}
 
 
-def make_batch(kind: str, rng: Random, size: int, encode: Callable[[list[str]], tuple[np.ndarray, np.ndarray]]) -> Batch:
+def make_batch(
+    kind: str, rng: Random, size: int, encode: Callable[[list[str]], tuple[np.ndarray, np.ndarray]]
+) -> Batch:
     """Packed scenes and token ids of `size` prompts, edits or clips."""
     if kind == "prompt":
         from .render import pack

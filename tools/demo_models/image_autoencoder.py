@@ -63,10 +63,12 @@ def train_image_autoencoder(run: Run, tokenizer: Path, gate_db: float = 33.0) ->
     earlier = run.folder / "image_vae_start.safetensors"
     if earlier.exists():
         load_weights(earlier, {"vae": vae})
+    ends = ("conv_in", "conv_out", "quant")
     matrices = [
-        p for n, p in vae.named_parameters()
-        if p.ndim >= 4 and min(p.shape[0], p[0].numel()) >= 8 and not any(k in n for k in ("conv_in", "conv_out", "quant"))
-    ]  # fmt: skip
+        p
+        for n, p in vae.named_parameters()
+        if p.ndim >= 4 and min(p.shape[0], p[0].numel()) >= 8 and not any(end in n for end in ends)
+    ]
     chosen = {id(p) for p in matrices}
     optimizer = Muon(matrices, [p for p in vae.parameters() if id(p) not in chosen], beta=0.9, weight_decay=0.0)
     average = WeightAverage([vae])
@@ -134,7 +136,9 @@ def _fit_statistics(run: Run, vae: torch.nn.Module, pool: list[Params]) -> None:
         for size in (64,) if run.smoke else (128, 256):
             x = render({k: v[:32] for k, v in scenes.items()}, size, size).contiguous(memory_format=torch.channels_last)
             with run.autocast():
-                grids.append(pack_latents(vae._encode(x).float().chunk(2, 1)[0].contiguous()).transpose(0, 1).flatten(1))
+                grids.append(
+                    pack_latents(vae._encode(x).float().chunk(2, 1)[0].contiguous()).transpose(0, 1).flatten(1)
+                )
     flat = torch.cat(grids, 1).double()
     vae.bn.running_mean.copy_(flat.mean(1))
     vae.bn.running_var.copy_(flat.var(1))

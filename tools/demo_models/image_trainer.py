@@ -3,6 +3,7 @@
 B batch, S tokens, C channels; sizes are (height, width) in 16-pixel tokens; time 1 is noise.
 """
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -103,7 +104,7 @@ class ImageTrainer:
                         if index > 1 and length > 64:
                             continue
                         self._dry_step(layout, length, grad)
-        except Exception as error:  # noqa: BLE001 - slower training beats none
+        except Exception as error:
             self.run.log(f"compiler failed, going on without: {error!r:.600}")
             torch.compiler.set_stance("force_eager")
         for module in self.modules().values():
@@ -259,7 +260,7 @@ class ImageTrainer:
         with self.run.autocast():
             text = self.text(ids, lengths)
             empty = self.text(*drop_text(ids, lengths, 1.0)) if guidance != 1 else None
-            for now, after in zip(times, times[1:], strict=False):
+            for now, after in itertools.pairwise(times):
                 time = torch.full((B,), now, device=device)
                 v, _ = self.velocity(x, time, text, layout, reference)
                 if empty is not None:

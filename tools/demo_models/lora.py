@@ -4,6 +4,7 @@ Each learns from the model's own pictures, redrawn: the same noise that gave the
 one. So a LoRA changes the look and leaves the composition of a seed alone. H/W height and width.
 """
 
+import itertools
 from collections.abc import Callable
 from random import Random
 
@@ -65,7 +66,7 @@ def _pairs(
         with trainer.run.autocast():
             text = trainer.text(batch["ids"], batch["lengths"])
             noise = y = torch.randn(text.shape[0], TOKEN_CHANNELS, *layout.size, device=device)
-            for now, after in zip(grid, grid[1:], strict=False):
+            for now, after in itertools.pairwise(grid):
                 v, _ = trainer.velocity(y, torch.full((len(y),), now, device=device), text, layout, None)
                 y = y + (after - now) * v
             x = encode_pictures(trainer.vae, redraw(decode_pictures(trainer.vae, y)))

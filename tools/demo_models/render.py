@@ -92,7 +92,9 @@ def pack(scenes: Sequence[Scene]) -> dict[str, np.ndarray]:
     B, K = len(scenes), MAX_ITEMS
     sceneries = [_scenery(scene) for scene in scenes]
     out: dict[str, np.ndarray] = {
-        key: np.stack([np.asarray(s[key]) for s in sceneries]).astype(np.int64 if isinstance(value, int) else np.float32)
+        key: np.stack([np.asarray(s[key]) for s in sceneries]).astype(
+            np.int64 if isinstance(value, int) else np.float32
+        )
         for key, value in sceneries[0].items()
     }
     out["phase"] = np.array([scene.chance[7] for scene in scenes], np.float32) * 6.283
