@@ -10,7 +10,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Bits are compared: one thread keeps the order of every sum.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import hypothesis
 import pytest
+
+# Slow machines run these too; in CI the same cases are tried every time.
+hypothesis.settings.register_profile("photogram", deadline=None, derandomize=bool(os.environ.get("CI")))
+hypothesis.settings.load_profile("photogram")
 
 if TYPE_CHECKING:
     from running import Running

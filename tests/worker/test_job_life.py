@@ -215,6 +215,16 @@ def test_step_caches_of_two_jobs_stay_apart(name, family_folder, tmp_path):
         assert (together[job.job_id].latents == alone[job.job_id].latents).all()
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_vae_in_full_precision_decodes_what_a_denoiser_in_less_hands_it(precision, family_folder, tmp_path):
+    studio = Studio(family_folder("stable-diffusion-xl"), tmp_path, precision=precision)
+    assert studio.card.precisions["unet"] == precision
+    assert studio.card.precisions["vae"] == "fp32"
+    drawn = studio.draw(requests_of("stable-diffusion-xl"))
+    assert all(result.failure is None for result in drawn.values())
+    assert studio.served.modules["vae"].module.dtype == torch.float32
+
+
 def test_each_job_ends_in_exactly_one_answer(studio):
     jobs = [request(job_id=f"job-{i}", seed=i, num_inference_steps=1 + i % 5) for i in range(30)]
     studio.draw(jobs)

@@ -68,8 +68,8 @@ class SchedulerConfig:
     fairness_sizes: float = 2.0
     ageing_s: float = 300.0
     ageing_sizes: float = 5.0
-    bias: float = 0.5
-    stickiness: float = 1.5
+    bias: float = 0.8
+    stickiness: float = 1.3
     early_share: float = 0.2
     early_burst_s: float = 0.5
     min_batch_gain: float = 0.15

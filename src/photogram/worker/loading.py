@@ -81,7 +81,16 @@ def load(config: WorkerConfig, say: Callable[[str], None]) -> ServedPipeline:
     say(f"finding {config.model_path}")
     checkpoint = find_checkpoint(config.model_path, revision=config.revision, variant=config.variant)
     say(f"loading {checkpoint.name} ({checkpoint.pipeline_class})")
-    pipeline = _from_folder(checkpoint, config, device)
+    return prepare(_from_folder(checkpoint, config, device), checkpoint, config, device)
+
+
+def prepare(
+    pipeline: DiffusionPipeline, checkpoint: Checkpoint, config: WorkerConfig, device: torch.device
+) -> ServedPipeline:
+    """Make a loaded pipeline ready to be served: on its device, with a card, its networks suspension points.
+
+    The pipeline is changed and must not be used by itself afterwards.
+    """
     pipeline = pipeline.to(device)
     card = derive_card(
         checkpoint,
@@ -130,13 +139,11 @@ def _from_folder(checkpoint: Checkpoint, config: WorkerConfig, device: torch.dev
 
 
 def _precisions(pipeline_class: str, wanted: str, device: torch.device) -> Any:
-    if wanted != "auto":
-        return _DTYPES[wanted]
-    if device.type == "cpu":
+    if wanted == "fp32" or (wanted == "auto" and device.type == "cpu"):
         return torch.float32
     family = DEFAULTS.get(pipeline_class)
     full = dict.fromkeys(family.fp32, torch.float32) if family is not None else {}
-    return full | {"default": torch.bfloat16}
+    return full | {"default": torch.bfloat16 if wanted == "auto" else _DTYPES[wanted]}
 
 
 def _enable_step_cache(pipeline: DiffusionPipeline, threshold: float) -> None:

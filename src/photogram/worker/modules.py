@@ -38,6 +38,8 @@ class BigModule:
         self.real: dict[str, Callable[..., Any]] = {}
         self.signatures: dict[str, inspect.Signature] = {}
         self.is_denoiser = _is_denoiser(name, module)
+        first = next(module.parameters(), None)
+        self.dtype = first.dtype if first is not None and first.is_floating_point() else None
         for method in ENTRY_METHODS:
             if callable(getattr(type(module), method, None)):
                 self._suspend_at(method)
@@ -60,7 +62,23 @@ class BigModule:
             if self.caches_steps and call.cache_context is not None:
                 name, fields = call.cache_context
                 stack.enter_context(CacheMixin.cache_context(self.module, f"{context_owner}/{name}", **fields))
-            return self.real[call.method](*call.args, **call.kwargs)
+            args, kwargs = self._in_own_precision(call)
+            return self.real[call.method](*args, **kwargs)
+
+    def _in_own_precision(self, call: Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The call's arguments, in a VAE's precision where it is one.
+
+        A VAE may be kept in fp32 beside a bf16 denoiser; some pipelines (SDXL) hand it the denoiser's latents as they
+        are, and would have the shared VAE itself change its precision for a while.
+        """
+        if call.method not in ("encode", "decode") or self.dtype is None:
+            return call.args, call.kwargs
+
+        def own(value: Any) -> Any:
+            is_pixels = isinstance(value, torch.Tensor) and value.is_floating_point()
+            return value.to(self.dtype) if is_pixels else value
+
+        return tuple(map(own, call.args)), {name: own(value) for name, value in call.kwargs.items()}
 
     @property
     def caches_steps(self) -> bool:
