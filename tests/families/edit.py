@@ -3,19 +3,16 @@
 from pathlib import Path
 
 from diffusers import (
-    AutoencoderKLQwenImage,
     FluxKontextPipeline,
-    QwenImageEditPlusPipeline,
     WanImageToVideoPipeline,
 )
-from transformers import CLIPImageProcessor, Qwen2VLImageProcessor, Qwen2VLProcessor, Qwen2VLVideoProcessor
+from transformers import CLIPImageProcessor
 
 from . import encoders, tokenization
 from .family import TALL, WIDE, Family, small
-from .image import dynamic_flow, flux_transformer, qwen_flow, qwen_transformer
+from .image import dynamic_flow, flux_transformer
 from .stable_diffusion import autoencoder
 from .video import WAN_CALL, wan_autoencoder, wan_solver, wan_transformer
-from .weights import randomise
 
 
 def flux_kontext(folder: Path) -> None:
@@ -28,27 +25,6 @@ def flux_kontext(folder: Path) -> None:
         tokenizer_2=tokenizer_2,
         transformer=flux_transformer(seed=214),
         scheduler=dynamic_flow(),
-    ).save_pretrained(folder)
-
-
-def qwen_image_edit_plus(folder: Path) -> None:
-    tokenizer = tokenization.qwen(default_system=True)
-    # The pipeline scales every given picture to a megapixel: an autoencoder of 32 pixels a latent (published: 8)
-    # leaves 256 tokens of it.
-    vae = AutoencoderKLQwenImage(
-        base_dim=2, dim_mult=[1, 1, 2, 2, 4, 4], num_res_blocks=1, temperal_downsample=[False, True, True, True, True]
-    )
-    QwenImageEditPlusPipeline(
-        vae=randomise(vae, seed=221),
-        text_encoder=encoders.qwen25_vl(tokenizer, seed=222, gain=3.0),  # a few words beside 196 tokens of the picture
-        tokenizer=tokenizer,
-        processor=Qwen2VLProcessor(
-            image_processor=Qwen2VLImageProcessor(),
-            tokenizer=tokenizer,
-            video_processor=Qwen2VLVideoProcessor(),  # never used, but the class insists (and it needs torchvision)
-        ),
-        transformer=qwen_transformer(seed=223),
-        scheduler=qwen_flow(),
     ).save_pretrained(folder)
 
 
@@ -84,24 +60,6 @@ EDIT_FAMILIES = (
         unguided={"true_cfg_scale": 1.0},
         packed=True,
         image="required",
-    ),
-    Family(
-        # Denoiser: as Qwen-Image; an entry of `img_shapes` lists the result and then each picture. The pipeline
-        # refuses two prompts in one call.
-        name="qwen-image-edit-plus",
-        pipeline_class="QwenImageEditPlusPipeline",
-        media="image",
-        build=qwen_image_edit_plus,
-        call=small(height=128, width=128, true_cfg_scale=3.0),
-        wide={"height": 128, "width": 256},
-        tall={"height": 256, "width": 128},
-        solver="FlowMatchEulerDiscreteScheduler",
-        guidance="calls",
-        unguided={"true_cfg_scale": 1.0},
-        packed=True,
-        image="required",
-        many_images=True,
-        packages=("torchvision",),
     ),
     Family(
         # Denoiser: as Wan 2.1, with the mask and the first frame as more channels, and `encoder_hidden_states_image`.

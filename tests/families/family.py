@@ -44,8 +44,6 @@ class Family:
     """Whether the call takes `image`, as a PIL picture."""
     many_images: bool = False
     """Whether `image` may be a list, of pictures of different sizes."""
-    packages: tuple[str, ...] = ()
-    """Optional packages without which the pipeline cannot be made."""
 
 
 def small(*, height: int = 64, width: int = 64, num_inference_steps: int = 3, **more: object) -> dict[str, object]:

@@ -52,8 +52,6 @@ def requests_of(name: str, **changes) -> list[GenerateRequest]:
 @pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.image != "required"])
 def test_family_gives_what_its_unmodified_pipeline_gives(name, family_folder, tmp_path):
     family = FAMILIES[name]
-    for package in family.packages:
-        pytest.importorskip(package)
     requests = requests_of(name)
     plain = DiffusionPipeline.from_pretrained(family_folder(name))
     alone = {request.job_id: draw_alone(plain, request) for request in requests}
