@@ -77,6 +77,27 @@ def test_partial_pictures_approach_the_final_one_which_is_the_same_with_and_with
     assert 0 < distances[-1] < distances[0], f"partial pictures do not approach the final one: {distances}"
 
 
+def test_a_partial_picture_that_cannot_be_made_does_not_cost_the_job(studio):
+    decoder = studio.served.modules["vae"]
+    real, calls = decoder.real["decode"], []
+
+    def broken_once(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 1:
+            raise RuntimeError("no memory for a partial picture")
+        return real(*args, **kwargs)
+
+    expected = studio.draw([request()])["job"].frames
+    decoder.real["decode"] = broken_once
+    try:
+        drawn = studio.draw([request(partial_images=2)])["job"]
+    finally:
+        decoder.real["decode"] = real
+    assert drawn.failure is None
+    assert drawn.previews == []
+    assert (drawn.frames == expected).all()
+
+
 def test_cancel_takes_effect_at_the_next_call(studio):
     def cancel_early(turn: int) -> None:
         if turn == 4:

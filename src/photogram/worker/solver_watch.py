@@ -68,8 +68,9 @@ def _estimate(
     if isinstance(solver, FlowMatchEulerDiscreteScheduler):
         sigma = solver.sigmas[solver.step_index - 1].to(sample)
         return sample - sigma * model_output
-    if "pred_original_sample" in output and output["pred_original_sample"] is not None:
-        return output["pred_original_sample"]
+    for name in ("pred_original_sample", "denoised"):  # LCM says denoised
+        if name in output and output[name] is not None:
+            return output[name]
     converted = vars(solver).get("model_outputs")
     predicts_x0 = solver.config.get("predict_x0", str(solver.config.get("algorithm_type", "")).endswith("++"))
     return converted[-1] if converted and predicts_x0 else None

@@ -302,10 +302,18 @@ class Worker:
         )
 
     def _make_preview(self, job: Job) -> None:
+        """Show what the job is heading for. A picture that cannot be made costs the job its partial pictures only."""
         estimate = job.watch.take_estimate()
         if estimate is None or job.answers is None:
             return
-        pixels = to_frames(replay(job, self.served, estimate))
+        try:
+            pixels = to_frames(replay(job, self.served, estimate))
+        except Exception as error:
+            if isinstance(device_error(error, self.served.device), DeviceLost):
+                raise
+            logger.warning("%s goes on without partial pictures: %s", job.job_id, error)
+            job.answers = None
+            return
         self._emit(Preview(job.job_id, job.num_previews, self._frames.put(pixels)))
         job.num_previews += 1
 
