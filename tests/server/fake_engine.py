@@ -1,7 +1,8 @@
 """An engine without a worker: real uint8 frames in real files, and the failures of a real one on demand.
 
 What a job does is told by words in its prompt: ``hold`` waits until it is released or cancelled, ``fail:<code>`` ends
-with that error, ``explode`` sends a block that is no picture, ``warn`` finishes with a warning.
+with that error, ``slow`` takes five seconds more, ``explode`` sends a block that is no picture, ``warn`` finishes with
+a warning.
 """
 
 from __future__ import annotations
@@ -144,6 +145,8 @@ class FakeEngine:
                 shown += 1
             while "hold" in request.prompt and not self.released.is_set():
                 await asyncio.sleep(0.005)
+            if "slow" in request.prompt and step == 1:
+                await asyncio.sleep(5)
             if failure and step == num_steps // 2:
                 return Failed(job_id=job_id, code=failure.group(1), message="It went wrong: no luck today.")
         pixels = picture(request)

@@ -59,17 +59,17 @@ def score_edit(image: Image.Image, edit: Edit) -> bool:
         near = abs(float(got.x[0] - want.x[0])) < 0.1 and abs(float(got.y[0] - want.y[0])) < 0.1
         if not near or not 1 / 1.4 < extents[0] / extents[1] < 1.4:
             return False
-    return not _strangers(labels, target)
+    return not _strangers(labels, wanted, target)
 
 
-def _strangers(labels: torch.Tensor, target: Scene) -> bool:
-    """Whether a patch of a colour that the scene does not have is left."""
+def _strangers(labels: torch.Tensor, wanted: torch.Tensor, target: Scene) -> bool:
+    """Whether a patch of a colour that the scene does not have is left; eyes and wheels may have theirs."""
     expected = {target.colour, *(item.colour for item in target.items)}
-    for colour in range(len(COLOURS)):
-        if colour in expected:
-            continue
-        mask = (labels == colour).float()[:, None]
-        if float((-F.max_pool2d(-mask, 7, 1, 3)).sum()) > 6:
+    for colour in set(range(len(COLOURS))) - expected:
+        got, want = (
+            float((-F.max_pool2d(-(one == colour).float()[:, None], 7, 1, 3)).sum()) for one in (labels, wanted)
+        )
+        if got > 1.5 * want + 10:
             return True
     return False
 

@@ -10,7 +10,6 @@ import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import msgspec
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -25,11 +24,11 @@ from ..engine.frames_folder import frames_folder
 from ..engine.worker_engine import WorkerEngine
 from ..media.pool import MediaPool
 from ..media.provenance import describe
+from ..server.edits import from_files
 from ..server.fields import read
 from ..server.resolve import Drawing, ImagesCall, Resolver
 from ..server.schemas import image_fields
-from ..server.sizes import Size, asked_size
-from .edits import edit_task, like, read_pictures, with_pictures
+from ..server.sizes import asked_size
 from .flags import FlagParser
 
 OWNER = "command-line"
@@ -120,13 +119,14 @@ async def _run(config: ServeConfig, body: dict[str, JSONValue], images: Sequence
     assert task is not None
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     with frames_folder() as frames_dir:
-        paths, first = read_pictures(images, frames_dir, config.max_pixels) if images else ((), None)
+        inputs = from_files(images, root=frames_dir, max_pixels=config.max_pixels) if images else None
         engine, pool = WorkerEngine(config, frames_dir), MediaPool(frames_dir)
         try:
             with console.status(f"loading {config.model_path}"):
                 await engine.start()
                 card = await engine.wait_ready()
-            call, drawings = _resolve(config, body, card, paths, first)
+            call = Resolver(config=config).images(body, card, OWNER, inputs)
+            drawings = call.drawings
             for sentence in _remarks(call):
                 console.print(sentence)
             with _progress(console) as progress:
@@ -134,22 +134,6 @@ async def _run(config: ServeConfig, body: dict[str, JSONValue], images: Sequence
         finally:
             await engine.stop(GRACE_S)
             pool.close()
-
-
-def _resolve(
-    config: ServeConfig, body: dict[str, JSONValue], card: ModelCard, paths: Sequence[Path], first: Size | None
-) -> tuple[ImagesCall, Sequence[Drawing]]:
-    """Return the call and its pictures to make, from `paths` where there are any, the first of size `first`."""
-    resolver = Resolver(config=config)
-    if first is None:
-        call = resolver.images(body, card, OWNER)
-        return call, call.drawings
-    task = edit_task(card, len(paths))
-    if not {"size", "width", "height"} & set(body):
-        body["size"] = like(first, card)
-    # Sizes, steps and guidance are ruled as for a picture from a prompt; only the task is another.
-    call = resolver.images(body, msgspec.structs.replace(card, tasks=("T2I",)), OWNER)
-    return call, with_pictures(call, task, paths)
 
 
 async def _draw(

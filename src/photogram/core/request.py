@@ -55,3 +55,5 @@ class OutputSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     height: int
     format: ImageFormat | Literal["mp4"]
     compression: int
+    original: str | None = None  # the picture whose pixels come back outside the mask
+    mask: str | None = None  # 8-bit grey, 255 where the picture is edited

@@ -14,6 +14,7 @@ from ..core.request import OutputSpec
 from .fit import fit
 from .frames import discard_frames, take_frames
 from .image_file import FILE_TYPES, encode_image
+from .inputs import keep_outside
 from .provenance import Provenance
 
 
@@ -68,6 +69,8 @@ def _encode(block: FrameBlock, frames_dir: Path, output: OutputSpec, provenance:
     if len(frames_FHWC) != 1 or output.format == "mp4":
         raise GenerationFailed(f"{len(frames_FHWC)} frames for a {output.format} file: a picture is one frame.")
     picture_HWC = fit(frames_FHWC[0], output.width, output.height)
+    if output.original is not None and output.mask is not None:
+        picture_HWC = keep_outside(picture_HWC, Path(output.original), Path(output.mask))
     return EncodedImage(
         data=encode_image(picture_HWC, output.format, output.compression, provenance),
         content_type=FILE_TYPES[output.format].content_type,

@@ -37,6 +37,15 @@ def describe_api(config: ServeConfig) -> JSONSchema:
         # Further arguments of the served pipeline go by their own names; what nothing takes is ignored.
         "additionalProperties": True,
     }
+    one_or_more: JSONSchema = {"description": "Files, data URLs, or paths of this server's own pictures."}
+    components["ImageEditRequest"] = {
+        **components["ImagesRequest"],
+        "properties": {
+            **components["ImagesRequest"]["properties"],
+            **dict.fromkeys(("image", "images", "url"), one_or_more),
+            "mask": {"description": "PNG of the first image's size; where it is transparent the picture is edited."},
+        },
+    }
     return {
         "openapi": "3.1.0",
         "info": {"title": "photogram", "version": __version__},
@@ -76,6 +85,7 @@ def _paths() -> JSONSchema:
     model = {"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}
     variant = {"name": "variant", "in": "query", "schema": {"type": "integer", "minimum": 0, "maximum": 9}}
     body = {"schema": {"$ref": _REFERENCE.format(name="ImagesRequest")}}
+    edit = {"schema": {"$ref": _REFERENCE.format(name="ImageEditRequest")}}
     file = {"schema": {"type": "string", "format": "binary"}}
     pictures = dict.fromkeys(("image/png", "image/jpeg", "image/webp"), file)
     images = _reply(ImagesAnswer)
@@ -92,6 +102,17 @@ def _paths() -> JSONSchema:
                         "multipart/form-data": body,
                         "application/x-www-form-urlencoded": body,
                     },
+                },
+                "responses": {"200": images, "default": _reply(ErrorBody)},
+            }
+        },
+        "/v1/images/edits": {
+            "post": {
+                "operationId": "createImageEdit",
+                "summary": "Change pictures as a prompt says",
+                "requestBody": {
+                    "required": True,
+                    "content": {"application/json": edit, "multipart/form-data": edit},
                 },
                 "responses": {"200": images, "default": _reply(ErrorBody)},
             }

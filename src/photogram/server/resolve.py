@@ -20,6 +20,7 @@ from ..core.request import GenerateRequest, ImageFormat, JSONValue, OutputSpec, 
 from ..jobs.record import new_id
 from ..media.image_file import check_side
 from ..media.quality import resolve_quality
+from .edits import Inputs, edit_task, like
 from .fields import MAX_INT, Field, Values, coerce, read, shown
 from .schemas import ECHOED_QUALITIES, MEANINGLESS_FIELDS, image_fields
 from .sizes import Size, asked_size, check_size, drawn_size
@@ -56,6 +57,7 @@ class ImagesCall:
     stream_progress: bool
     ignored: tuple[str, ...]
     warnings: tuple[str, ...]
+    is_edit: bool = False
 
     @property
     def echoed_quality(self) -> str | None:
@@ -70,20 +72,26 @@ class Resolver:
     new_id: Callable[[str], str] = new_id
     draw_seed: Callable[[], int] = lambda: secrets.randbelow(_DRAWN_SEEDS)
 
-    def images(self, body: Mapping[str, JSONValue], card: ModelCard, owner: str) -> ImagesCall:
-        """Return what `POST /v1/images/generations` asks for.
+    def images(
+        self, body: Mapping[str, JSONValue], card: ModelCard, owner: str, inputs: Inputs | None = None
+    ) -> ImagesCall:
+        """Return what `POST /v1/images/generations` asks for, or `/edits` where there are input pictures.
 
         Raises RequestError naming the field, or NotFound for another model's name where names are strict.
         """
         values = read(body, image_fields(self.config.max_steps))
         ignored: list[str] = []
         model = self._model(values.text("model"), card)
-        task = text_to_image_task(card, values.text("task_type"))
+        if inputs is None:
+            task = text_to_image_task(card, values.text("task_type"))
+        else:
+            task = edit_task(card, len(inputs.paths))
+            ignored += inputs.ignored
         prompt = values.text("prompt")
         if not prompt:
             message = "Missing required parameter: 'prompt'." if prompt is None else "'prompt' must not be empty."
             raise RequestError(message, param="prompt", code="missing_required_parameter")
-        size = self._size(values, card)
+        size = self._size(values, card, inputs)
         drawn = drawn_size(size, card)
         stream = values.flag("stream")
         format = _FORMATS[values.text("output_format") or "png"]
@@ -102,6 +110,7 @@ class Resolver:
             num_inference_steps=self._steps(values, card),
             guidance_scale=guidance_scale,
             seed=0,
+            images=() if inputs is None else tuple(map(str, inputs.paths)),
             extra=extra,
             partial_images=_only_on_a_stream(values, stream, ignored),
             deterministic=values.flag("deterministic") or self.config.deterministic,
@@ -114,6 +123,8 @@ class Resolver:
             format=format,
             compression=resolve_quality(values.text("output_quality"), values.int("output_compression")),
         )
+        if inputs is not None and inputs.mask is not None:
+            output = msgspec.structs.replace(output, original=str(inputs.paths[0]), mask=str(inputs.mask))
         return ImagesCall(
             drawings=self._repeat(template, output, values),
             model=model,
@@ -125,6 +136,7 @@ class Resolver:
             stream_progress=values.flag("stream_progress"),
             ignored=tuple(ignored),
             warnings=warnings,
+            is_edit=inputs is not None,
         )
 
     def _model(self, asked: str | None, card: ModelCard) -> str:
@@ -132,8 +144,10 @@ class Resolver:
             raise NotFound(f"The model '{asked}' does not exist.", param="model", code="model_not_found")
         return asked or card.name
 
-    def _size(self, values: Values, card: ModelCard) -> Size:
+    def _size(self, values: Values, card: ModelCard, inputs: Inputs | None) -> Size:
         asked = asked_size(values.text("size"), values.int("width"), values.int("height"))
+        if asked is None and inputs is not None:
+            asked = asked_size(like(inputs.first, card), None, None)
         size = asked or Size(card.default_width, card.default_height)
         check_size(size, min_side=card.min_side, max_pixels=self.config.max_pixels, limit_flag="--max-pixels")
         return size

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
+import shutil
 import socket
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
@@ -183,7 +184,9 @@ class _Data:
         from ..jobs.store import open_store
         from ..media.pool import MediaPool
         from ..storage.local import LocalStorage
+        from .edits import INPUTS
 
+        self._inputs = config.data_path / INPUTS
         self.store = open_store(config.data_path)
         self.storage = LocalStorage(config.data_path / "files")
         self._folder = ExitStack()
@@ -192,6 +195,8 @@ class _Data:
 
     async def recover(self) -> None:
         """Fail what an earlier server left unfinished: its clients are gone."""
+        # Pictures of edits among it.
+        await asyncio.to_thread(shutil.rmtree, self._inputs, ignore_errors=True)
         for record in await self.store.fail_interrupted("image"):
             log.warning("job %s was interrupted by the end of an earlier server", record.job_id)
             if record.file_key is not None:

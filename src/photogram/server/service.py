@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 
 from ..core.card import ModelCard
@@ -86,6 +86,7 @@ class Group:
         self._outcomes: asyncio.Queue[Outcome | ServiceError] = asyncio.Queue()
         self.wants_progress = wants_progress
         self.cancelled = False
+        self.when_over: Callable[[], None] = lambda: None  # called once no job of the group needs its inputs
 
     def cancel(self) -> None:
         """End the jobs that are not finished: nobody waits for them any more. Harmless when all are."""
@@ -115,6 +116,8 @@ class Group:
     def is_over(self, job_id: str) -> None:
         """Note that a job needs no cancelling any more."""
         self._pending.pop(job_id, None)
+        if not self._pending:
+            self.when_over()
 
 
 @dataclass(slots=True, kw_only=True)

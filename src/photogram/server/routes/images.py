@@ -1,4 +1,4 @@
-"""`POST /v1/images/generations`, plain and streamed, and `GET /v1/images/{id}/content`."""
+"""`POST /v1/images/generations` and `/edits`, plain and streamed, and `GET /v1/images/{id}/content`."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from ...storage import Storage
 from ..answers import header_text
 from ..body import read_body
 from ..border import owner_of
+from ..edits import INPUTS, gather
 from ..events import EventStream, event, unless_gone
 from ..fields import Field, coerce
-from ..files import file_answer, finished_image
+from ..files import file_answer, finished_image, stored_bytes
 from ..forms import BodyLimits
 from ..resolve import ImagesCall, Resolver
 from ..schemas import (
@@ -53,7 +54,33 @@ def image_routes(
             owner = owner_of(request)
             call = resolver.images(body.fields, card, owner)
             ignored = dict.fromkeys((*call.ignored, *body.shadowed, *(upload.name for upload in body.uploads)))
-        group = await service.begin(call)
+        return await answer(request, call, await service.begin(call), ignored)
+
+    async def edit(request: Request) -> Response:
+        card = service.card()
+        owner = owner_of(request)
+
+        async def find_image(image_id: str) -> bytes:
+            record = await finished_image(store, image_id, owner, None)
+            return await stored_bytes(record, storage)
+
+        with await read_body(request, limits) as body:
+            if "model" in request.path_params:
+                body.fields.setdefault("model", request.path_params["model"])
+            inputs = await gather(
+                body, root=config.data_path / INPUTS, max_pixels=config.max_pixels, find_image=find_image
+            )
+            try:
+                call = resolver.images(body.fields, card, owner, inputs)
+                group = await service.begin(call)
+            except BaseException:
+                inputs.remove()
+                raise
+            group.when_over = inputs.remove
+            ignored = dict.fromkeys((*call.ignored, *body.shadowed))
+        return await answer(request, call, group, ignored)
+
+    async def answer(request: Request, call: ImagesCall, group: Group, ignored: Iterable[str]) -> Response:
         if call.stream:
             return EventStream(request, _events(call, group), _headers(ignored, call.warnings), closing=group.cancel)
         try:
@@ -63,9 +90,8 @@ def image_routes(
         if made is None:
             return Response(status_code=_CLIENT_GONE)
         warnings = dict.fromkeys((*call.warnings, *(text for one in made for text in one.warnings)))
-        answer = _answer(call, made, config.public_url)
         # Base64 of ten large pictures takes long enough to be felt by others.
-        data = await asyncio.to_thread(msgspec.json.encode, answer)
+        data = await asyncio.to_thread(msgspec.json.encode, _answer(call, made, config.public_url))
         return Response(data, headers=_headers(ignored, warnings), media_type="application/json")
 
     async def content(request: Request) -> Response:
@@ -78,6 +104,8 @@ def image_routes(
         Route("/openai/deployments/{model}/images/generations", create, methods=["POST"]),
         Route("/openai/images/generations", create, methods=["POST"]),
         Route("/openai/v1/images/generations", create, methods=["POST"]),
+        *with_and_without_v1("/images/edits", edit, ["POST"]),
+        Route("/openai/deployments/{model}/images/edits", edit, methods=["POST"]),
         *with_and_without_v1("/images/{image_id}/content", content),
     ]
 
@@ -128,10 +156,12 @@ def _usage(made: Iterable[Made]) -> Usage:
 async def _events(call: ImagesCall, group: Group) -> AsyncGenerator[bytes, None]:
     """Yield the server-sent events of a call: partial pictures as they come, one `completed` for each picture."""
     quality = call.echoed_quality or "auto"
+    kind = "image_edit" if call.is_edit else "image_generation"
     async for outcome in group.outcomes():
         match outcome:
             case Partial():
                 partial = PartialImage(
+                    type=f"{kind}.partial_image",
                     b64_json=outcome.data,
                     created_at=int(time.time()),
                     size=str(call.size),
@@ -155,6 +185,7 @@ async def _events(call: ImagesCall, group: Group) -> AsyncGenerator[bytes, None]
                 yield event(step.type, step)
             case Made():
                 completed = CompletedImage(
+                    type=f"{kind}.completed",
                     b64_json=outcome.data,
                     created_at=int(time.time()),
                     size=str(call.size),
