@@ -263,7 +263,10 @@ async def _drain(server: _Server, host: _Host, grace_s: float) -> None:
     host.service.drain()
 
     async def finish() -> None:
-        await host.engine.stop(grace_s)
+        # The service first: a job it has admitted may be on its way to the engine, which takes none while stopping.
+        with suppress(TimeoutError):
+            await asyncio.wait_for(host.service.wait_idle(), grace_s)
+        await host.engine.stop(0)
         await host.service.wait_idle()
 
     finishing, again = asyncio.create_task(finish()), asyncio.create_task(server.told_again.wait())
