@@ -60,16 +60,30 @@ def _image(run: Run, distil_seconds: float, lora_seconds: float, rate: float) ->
     trainer.close()
 
 
+def _lora(run: Run, styles: list[str], lora_seconds: float) -> None:
+    """LoRAs alone, on the distilled checkpoint; works on a CPU too, in some minutes each."""
+    from .image_trainer import ImageTrainer
+    from .lora import train_lora
+
+    trainer = ImageTrainer(run, run.folder / "image_tokenizer", seed=31)
+    trainer.load("image_distilled")
+    trainer.load_autoencoder()
+    for style in styles:
+        train_lora(trainer, style, lora_seconds)
+    trainer.close()
+
+
 def main() -> None:
     """Parse the command line and run one phase."""
     parser = argparse.ArgumentParser(prog="python -m tools.demo_models", description=__doc__)
-    parser.add_argument("phase", choices=("tokenizers", "image-vae", "image"))
+    parser.add_argument("phase", choices=("tokenizers", "image-vae", "image", "lora"))
     parser.add_argument(
         "--folder", type=Path, default=Path(".demo-train"), help="checkpoints are read and written here"
     )
     parser.add_argument("--seconds", type=float, default=480, help="wall-clock limit of this phase")
     parser.add_argument("--distil-seconds", type=float, default=80, help="image: the last part, spent on distillation")
     parser.add_argument("--lora-seconds", type=float, default=0, help="image: seconds for each LoRA, after all else")
+    parser.add_argument("--styles", nargs="+", default=["pastel", "sketch"], help="lora: which ones")
     parser.add_argument("--rate", type=float, default=1.5e-3, help="image: peak learning rate")
     parser.add_argument("--smoke", action="store_true", help="a few tiny steps, to see that everything runs")
     arguments = parser.parse_args()
@@ -80,6 +94,8 @@ def main() -> None:
     torch.set_num_threads(2)
     if arguments.phase == "image-vae":
         _image_autoencoder(run)
+    elif arguments.phase == "lora":
+        _lora(run, arguments.styles, arguments.lora_seconds)
     else:
         _image(run, arguments.distil_seconds, arguments.lora_seconds, arguments.rate)
     run.log("done")

@@ -78,9 +78,10 @@ def _pairs(
 def train_lora(trainer: ImageTrainer, style: str, seconds: float) -> None:
     """Train one LoRA for so many seconds and write `lora/<style>.safetensors`; the model is left as it was."""
     run = trainer.run
-    start, smoke = run.elapsed, run.smoke
+    start, smoke, on_cpu = run.elapsed, run.smoke, run.device.type == "cpu"
     layouts = {Layout((8, 8)): 1.0} if smoke else _LAYOUTS
-    data = {layout: _pairs(trainer, STYLES[style], layout, 4 if smoke else 1280) for layout in layouts}
+    num, size = (4, 4) if smoke else (48, 6) if on_cpu else (1280, 96)
+    data = {layout: _pairs(trainer, STYLES[style], layout, num) for layout in layouts}
     run.log(f"{style}: pairs drawn")
     transformer = trainer.transformer.requires_grad_(False)
     transformer.add_adapter(
@@ -96,7 +97,7 @@ def train_lora(trainer: ImageTrainer, style: str, seconds: float) -> None:
         for options in optimizer.param_groups:
             options["lr"] = 3e-3 * min(1, (step + 1) / 30) * max(0.02, 1 - progress)
         layout = rng.choices(list(layouts), list(layouts.values()))[0]
-        rows = torch.randint(0, len(data[layout]["x"]), (4 if smoke else 96,), device=run.device)
+        rows = torch.randint(0, len(data[layout]["x"]), (size,), device=run.device)
         noise, x, text = (data[layout][key][rows].float() for key in ("noise", "x", "text"))
         u = torch.randint(1, NUM_STEPS + 1, (len(x),), device=run.device) / NUM_STEPS
         u = torch.where(torch.rand(len(x), device=run.device) < 0.4, torch.rand(len(x), device=run.device), u)
@@ -110,6 +111,8 @@ def train_lora(trainer: ImageTrainer, style: str, seconds: float) -> None:
         optimizer.zero_grad(set_to_none=True)
         recent.append(loss.detach())
         step += 1
+        if step in (1, 20) or step % 100 == 0:
+            run.log(f"{style}: step {step} loss {float(torch.stack(recent[-50:]).mean()):.4f}")
     run.log(f"{style}: {step} steps, loss {float(torch.stack(recent[-50:]).mean()):.4f}")
     layers = {k: v.bfloat16() for k, v in get_peft_model_state_dict(transformer, adapter_name=style).items()}
     folder = run.folder / "lora"
