@@ -129,8 +129,11 @@ def distil(trainer: ImageTrainer, guidance: float, until: float, peak_rate: floa
         time = shifted(u)
         t = time.view(-1, 1, 1, 1)
         noisy = (1 - t) * x + t * torch.randn_like(x)
+        # Two contexts: autocast remembers a parameter's cast by the parameter, and the teacher's look at the
+        # borrowed modules would be remembered for the student.
         with run.autocast():
             target = teacher.average_velocity(noisy, u, batch, layout)
+        with run.autocast():
             text = trainer.text(batch["ids"], batch["lengths"])
             v, _ = trainer.velocity(noisy, time, text, layout, batch.get("reference"))
         loss = F.mse_loss(v, target)

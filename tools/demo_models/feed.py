@@ -38,7 +38,7 @@ def _prefixed(prefix: str, arrays: Batch) -> Batch:
 def make_batch(
     kind: str, rng: Random, size: int, encode: Callable[[list[str]], tuple[np.ndarray, np.ndarray]]
 ) -> Batch:
-    """Packed scenes and token ids of `size` prompts, edits or clips."""
+    """Packed scenes and token ids of `size` prompts or edits. Raises ValueError for another kind."""
     if kind == "prompt":
         from .render import pack
         from .scenes import trainable_prompt
@@ -57,11 +57,7 @@ def make_batch(
             **_prefixed("source.", pack([edit.source for edit in edits])),
             "ids": ids, "lengths": lengths,
         }  # fmt: skip
-    from .clips import pack_clips, trainable_clip
-
-    clips = [trainable_clip(rng) for _ in range(size)]
-    ids, lengths = encode([clip.text for clip in clips])
-    return {**_prefixed("target.", pack_clips(clips)), "ids": ids, "lengths": lengths}
+    raise ValueError(f"kind {kind!r}: must be prompt or edit.")
 
 
 def _work(kind: str, seed: int, size: int, tokenizer_file: str, end_id: int, queue: "Queue[Batch]") -> None:

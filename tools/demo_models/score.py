@@ -4,7 +4,7 @@
 Verdict(background=True, colour=True, shape=True, position=True, size=True)
 
 Works by nearest palette colour, largest component of that colour, and overlap with each shape's own drawing.
-Pictures are judged at 128 pixels. B pictures, H/W height and width.
+Pictures are judged with their shorter side at 128 pixels. B pictures, H/W height and width.
 """
 
 from collections.abc import Sequence
@@ -129,8 +129,10 @@ def ideal_scene(spec: Spec) -> Scene:
 
 
 def to_pixels(images: Sequence[Image.Image]) -> torch.Tensor:
-    """Pictures (B, 3, 128, 128) in [-1, 1]."""
-    arrays = [np.asarray(image.convert("RGB").resize((JUDGED_SIZE,) * 2, Image.Resampling.BOX)) for image in images]
+    """Pictures (B, 3, H, W) in [-1, 1] of one aspect, the shorter side 128."""
+    scale = JUDGED_SIZE / min(images[0].size)
+    size = (round(images[0].width * scale), round(images[0].height * scale))
+    arrays = [np.asarray(image.convert("RGB").resize(size, Image.Resampling.BOX)) for image in images]
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
@@ -177,6 +179,7 @@ class Geometry:
     x: torch.Tensor
     y: torch.Tensor
     box: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+    radius: torch.Tensor  # half the box's longer side, as a fraction of the picture's shorter side
 
 
 def geometry(mask: torch.Tensor) -> Geometry:
@@ -187,17 +190,19 @@ def geometry(mask: torch.Tensor) -> Geometry:
     x1 = (torch.where(columns, ix, -1).max(1).values + 1) / W
     y0 = torch.where(rows, iy, H).min(1).values / H
     y1 = (torch.where(rows, iy, -1).max(1).values + 1) / H
-    return Geometry(mask.float().mean((1, 2)), (x0 + x1) / 2, (y0 + y1) / 2, (x0, x1, y0, y1))
+    radius = torch.maximum((x1 - x0) * W, (y1 - y0) * H) / 2 / min(H, W)
+    return Geometry(mask.float().mean((1, 2)), (x0 + x1) / 2, (y0 + y1) / 2, (x0, x1, y0, y1), radius)
 
 
 def _normalised(mask: torch.Tensor, box: tuple[torch.Tensor, ...], size: int = 44) -> torch.Tensor:
     """Masks cut to their boxes and scaled to one size (B, size, size)."""
     x0, x1, y0, y1 = box
-    half = torch.maximum(x1 - x0, y1 - y0).clamp_min(0.01) / 2 * 1.05
+    H, W = mask.shape[-2:]
+    half = torch.maximum((x1 - x0) * W, (y1 - y0) * H).clamp_min(1) / 2 * 1.05
     grid = (torch.arange(size, device=mask.device) + 0.5) / size * 2 - 1
     gy, gx = torch.meshgrid(grid, grid, indexing="ij")
-    px = ((x0 + x1) / 2).view(-1, 1, 1) + gx * half.view(-1, 1, 1)
-    py = ((y0 + y1) / 2).view(-1, 1, 1) + gy * half.view(-1, 1, 1)
+    px = ((x0 + x1) / 2).view(-1, 1, 1) + gx * (half / W).view(-1, 1, 1)
+    py = ((y0 + y1) / 2).view(-1, 1, 1) + gy * (half / H).view(-1, 1, 1)
     return F.grid_sample(mask.float()[:, None], torch.stack([px, py], -1) * 2 - 1, align_corners=False)[:, 0]
 
 
@@ -217,8 +222,10 @@ def classify(mask: torch.Tensor) -> torch.Tensor:
 
 def score_pixels(pixels: torch.Tensor, specs: Sequence[Spec]) -> list[Verdict]:
     """A verdict for each picture (B, 3, H, W) in [-1, 1]."""
-    if pixels.shape[-2:] != (JUDGED_SIZE, JUDGED_SIZE):
-        pixels = F.interpolate(pixels.float(), (JUDGED_SIZE, JUDGED_SIZE), mode="area")
+    if min(pixels.shape[-2:]) != JUDGED_SIZE:
+        scale = JUDGED_SIZE / min(pixels.shape[-2:])
+        size = (round(pixels.shape[-2] * scale), round(pixels.shape[-1] * scale))
+        pixels = F.interpolate(pixels.float(), size, mode="area")
     labels = colour_labels(pixels)
     ground = border_colour(labels)
     found: list[tuple[Geometry, torch.Tensor]] = []
@@ -235,7 +242,7 @@ def _verdict(i: int, spec: Spec, ground: int, found: Sequence[tuple[Geometry, to
     seen = all(area > _MIN_AREA for area, *_ in things)
     shape = seen and all(thing[3] == want for thing, want in zip(things, spec.shapes, strict=True))
     position, size = True, True
-    _, x, y, _, box = things[0]
+    _, x, y, _, first = things[0]
     if spec.relation is not None:
         dx, dy = x - things[1][1], y - things[1][2]
         sx, sy = RELATIONS[spec.relation]
@@ -246,8 +253,7 @@ def _verdict(i: int, spec: Spec, ground: int, found: Sequence[tuple[Geometry, to
         want = [clamp_inside(words.ZONE_CENTRES[j], radius) for j in spec.zone]
         position = abs(x - want[0]) < 0.15 and abs(y - want[1]) < 0.15
     if spec.size is not None:
-        x0, x1, y0, y1 = (float(edge[i]) for edge in box.box)
-        extent = max(x1 - x0, y1 - y0) / 2
+        extent = float(first.radius[i])
         size = extent < 0.15 if spec.size == "small" else extent > 0.19
     return Verdict(ground == spec.background, seen, shape, seen and position, seen and size)
 
