@@ -9,10 +9,21 @@ from typing import Any, Literal
 
 import msgspec
 
-Task = Literal["T2I", "I2I", "TI2I", "T2V", "I2V", "TI2V"]
+Task = Literal["T2I", "I2I", "TI2I", "T2V", "I2V", "TI2V", "V2V"]
+LoraTarget = Literal["all", "transformer", "transformer_2", "critic"]
 ImageFormat = Literal["png", "jpeg", "webp"]
 JSONValue = Any
 """Any JSON value; msgspec has no recursive type for it."""
+
+
+class LoraUse(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One LoRA at one strength. `path` is a safetensors file or a folder that the host has checked; the worker keeps
+    what it loaded under the nickname."""
+
+    nickname: str
+    path: str
+    strength: float = 1.0
+    target: LoraTarget = "all"
 
 
 class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -20,7 +31,10 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
 
     `width` and `height` are pixels as drawn by the model (a multiple of the card's `size_multiple`); what is
     delivered is `OutputSpec`'s affair. `images` are paths of pictures that the host has checked and written
-    itself, in the order of the request. `extra` holds further keyword arguments of the pipeline's call, already
+    itself, in the order of the request; `video` is the path of a clip as uint8 RGB frames in a NumPy file of shape
+    (F, H, W, C), and `mask` of an 8-bit grey picture, 255 where the first image is to be drawn anew. `strength` is
+    how far the result may go from the given image or clip, 0 to 1. `loras` is what the job was submitted under, in
+    the order of merging. `extra` holds further keyword arguments of the pipeline's call, already
     checked against the card's `parameters`.
     """
 
@@ -37,6 +51,10 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     guidance_scale: float | None = None
     seed: int
     images: tuple[str, ...] = ()
+    video: str | None = None
+    mask: str | None = None
+    strength: float | None = None
+    loras: tuple[LoraUse, ...] = ()
     extra: dict[str, JSONValue] = {}
     partial_images: int = 0
     deterministic: bool = False
