@@ -35,6 +35,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_batch_size: int
     max_live_jobs: int
     prompt_cache_bytes: int
+    lora_cache_bytes: int
     step_cache: StepCache
     step_cache_threshold: float
     deterministic: bool
@@ -88,6 +89,7 @@ class ServeConfig:
     # --- sampling
     deterministic: bool = setting(False, "run every job's calls alone: same bytes at any load")
     prompt_cache_mb: int = setting(512, "memory for encoded prompts, MB; 0 turns it off")
+    lora_cache_mb: int = setting(4096, "memory for loaded LoRAs, MB; those in use are kept beyond it")
     step_cache: StepCache = setting("none", "skip denoiser work between similar steps (lossy): none or first-block")
     step_cache_threshold: float = setting(0.05, "relative change under which a step is skipped")
     strict_model: bool = setting(False, "answer 404 for any model name but the served one")
@@ -102,8 +104,9 @@ class ServeConfig:
         for name in ("request_timeout_s", "hang_timeout_s"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be above 0.")
-        if self.prompt_cache_mb < 0:
-            raise ConfigError(f"--prompt-cache-mb {self.prompt_cache_mb}: must not be negative.")
+        for name in ("prompt_cache_mb", "lora_cache_mb"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"--{name.replace('_', '-')} {getattr(self, name)}: must not be negative.")
         if self.worker_memory_gb is not None and not self.worker_memory_gb > 0:
             raise ConfigError(f"--worker-memory-gb {self.worker_memory_gb}: must be above 0.")
         if not 0 <= self.step_cache_threshold <= 1:
@@ -140,6 +143,7 @@ class ServeConfig:
             max_batch_size=1 if self.deterministic else self.max_batch_size,
             max_live_jobs=self.max_live_jobs,
             prompt_cache_bytes=self.prompt_cache_mb * 1_000_000,
+            lora_cache_bytes=self.lora_cache_mb * 1_000_000,
             step_cache=self.step_cache,
             step_cache_threshold=self.step_cache_threshold,
             deterministic=self.deterministic,

@@ -12,7 +12,8 @@ import msgspec
 
 from .card import ModelCard
 from .config import WorkerConfig
-from .request import GenerateRequest
+from .lora import LoraState
+from .request import GenerateRequest, LoraUse
 
 Phase = Literal["queued", "encode", "denoise", "decode"]
 
@@ -39,11 +40,32 @@ class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
     job_id: str
 
 
+class SetLoras(msgspec.Struct, frozen=True, tag="set_loras"):
+    """Make these the active set, in the order of merging: load them (anew where the file has changed), and merge them
+    into the weights or, where not `merged`, take them out. Jobs go on under the sets they carry.
+
+    Answered by `LorasReady`, or by `LorasRefused` with everything as it was.
+    """
+
+    request_id: str
+    uses: tuple[LoraUse, ...]
+    merged: bool
+
+
+class PrepareLoras(msgspec.Struct, frozen=True, tag="prepare_loras"):
+    """Load LoRAs without applying them, so that a job that names them can be refused or accepted. With none: only
+    tell the state. Answered like `SetLoras`. `pinned` ones stay in memory whatever else is loaded."""
+
+    request_id: str
+    uses: tuple[LoraUse, ...]
+    pinned: bool = False
+
+
 class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
     pass
 
 
-ToWorker = Load | Submit | Cancel | Shutdown
+ToWorker = Load | Submit | Cancel | SetLoras | PrepareLoras | Shutdown
 
 
 # --- received by the host -----------------------------------------------------------------------------------------
@@ -112,12 +134,28 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
     param: str | None = None
 
 
+class LorasReady(msgspec.Struct, frozen=True, tag="loras_ready"):
+    request_id: str
+    state: LoraState
+
+
+class LorasRefused(msgspec.Struct, frozen=True, tag="loras_refused"):
+    """`code` is ``lora_not_supported``, ``invalid_lora``, ``lora_not_found`` or a key of `core.errors.JOB_ERRORS`."""
+
+    request_id: str
+    code: str
+    message: str
+    param: str | None = None
+
+
 class Fatal(msgspec.Struct, frozen=True, tag="fatal"):
     """The device is lost (a sticky error): the worker must be replaced now."""
 
     message: str
 
 
-ToHost = Loading | Ready | LoadFailed | Began | Progress | Preview | Finished | Failed | Fatal
+ToHost = (
+    Loading | Ready | LoadFailed | Began | Progress | Preview | Finished | Failed | LorasReady | LorasRefused | Fatal
+)
 JobEvent = Progress | Preview | Finished | Failed
 """What the engine tells of one job; `Finished` or `Failed` is the last."""

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from ..core.card import ModelCard
+from ..core.lora import LoraState
 from ..core.messages import JobEvent
-from ..core.request import GenerateRequest
+from ..core.request import GenerateRequest, LoraUse
 
 EngineState = Literal["starting", "loading", "ready", "restarting", "failed", "stopped"]
 
@@ -50,6 +51,17 @@ class Engine(Protocol):
 
     def cancel(self, job_id: str) -> None:
         """End a job at its next call; its listener hears `Failed` with code ``cancelled``. Unknown ids are ignored."""
+
+    async def set_loras(self, uses: tuple[LoraUse, ...], *, merged: bool = True) -> LoraState:
+        """Make `uses` the active set, merged into the weights or (`merged` False) loaded only; a worker that takes
+        this one's place gets it again. Which jobs use it is told by each job's own `loras`.
+
+        Raises RequestError (codes ``lora_not_supported``, ``invalid_lora``, ``lora_not_found``), OutOfMemory or
+        EngineLost, all with everything as it was.
+        """
+
+    async def prepare_loras(self, uses: tuple[LoraUse, ...] = (), *, pinned: bool = False) -> LoraState:
+        """Load LoRAs without applying them and tell the state; with none, only tell it. Raises as `set_loras`."""
 
     async def stop(self, grace_s: float) -> None:
         """Let running jobs finish for `grace_s` seconds, then end the worker; other jobs hear `Failed`."""

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..core.card import ModelCard
 from ..core.config import ServeConfig
-from ..core.errors import ConfigError, EngineLost
+from ..core.errors import JOB_ERRORS, ConfigError, EngineLost, RequestError, ServiceError
+from ..core.lora import LoraState
 from ..core.messages import (
     Began,
     Cancel,
@@ -24,14 +26,18 @@ from ..core.messages import (
     Load,
     LoadFailed,
     Loading,
+    LorasReady,
+    LorasRefused,
+    PrepareLoras,
     Preview,
     Progress,
     Ready,
+    SetLoras,
     Shutdown,
     Submit,
     ToHost,
 )
-from ..core.request import GenerateRequest
+from ..core.request import GenerateRequest, LoraUse
 from . import EngineStatus, Listener
 from .worker_process import WorkerProcess
 
@@ -54,6 +60,13 @@ class _Job:
     cancelled: bool = False
 
 
+@dataclass(slots=True, eq=False)
+class _LoraRequest:
+    message: SetLoras | PrepareLoras
+    answer: asyncio.Future[LoraState]
+    sent: bool = False
+
+
 @dataclass(slots=True)
 class _Silence:
     """How long the worker may say nothing."""
@@ -72,6 +85,8 @@ class WorkerEngine:
         self._status = EngineStatus(state="starting", detail="The worker is starting.")
         self._jobs: dict[str, _Job] = {}
         self._running: frozenset[str] = frozenset()  # jobs of the pass in progress
+        self._lora_requests: dict[str, _LoraRequest] = {}
+        self._active_loras: SetLoras | None = None  # the last set that a worker accepted
         self._silence = _Silence(patience_s=config.hang_timeout_s)
         self._worker: WorkerProcess | None = None
         self._ready = asyncio.Event()
@@ -126,6 +141,15 @@ class WorkerEngine:
         else:
             self._conclude(Failed(job_id, "cancelled", "The job was cancelled."))
 
+    async def set_loras(self, uses: tuple[LoraUse, ...], *, merged: bool = True) -> LoraState:
+        message = SetLoras(secrets.token_hex(8), uses, merged)
+        state = await self._ask_for_loras(message)
+        self._active_loras = message
+        return state
+
+    async def prepare_loras(self, uses: tuple[LoraUse, ...] = (), *, pinned: bool = False) -> LoraState:
+        return await self._ask_for_loras(PrepareLoras(secrets.token_hex(8), uses, pinned))
+
     async def stop(self, grace_s: float) -> None:
         self._stopping = True
         if not self._idle.is_set():
@@ -140,8 +164,45 @@ class WorkerEngine:
             self._supervision.cancel()
             await asyncio.gather(self._supervision, return_exceptions=True)
         self._set_status("stopped", "The server is stopping.")
+        self._drop_lora_requests("the server is stopping", all_of_them=True)
         for job_id in list(self._jobs):
             self._conclude(Failed(job_id, EngineLost.code, "The server stopped before the job was done."))
+
+    # --- LoRAs
+
+    async def _ask_for_loras(self, message: SetLoras | PrepareLoras) -> LoraState:
+        """Send a question about LoRAs to this worker or, while there is none, to the next one; return its answer."""
+        if self._stopping or self._status.state in ("failed", "stopped"):
+            raise EngineLost(f"No worker can load LoRAs: {self._status.detail}")
+        request = _LoraRequest(message, asyncio.get_running_loop().create_future())
+        self._lora_requests[message.request_id] = request
+        if self._ready.is_set():
+            self._send_lora_request(request)
+        try:
+            return await request.answer
+        finally:
+            self._lora_requests.pop(message.request_id, None)
+
+    def _send_lora_request(self, request: _LoraRequest) -> None:
+        assert self._worker is not None
+        request.sent = True
+        self._worker.send(request.message)
+
+    def _hear_of_loras(self, message: LorasReady | LorasRefused) -> None:
+        request = self._lora_requests.get(message.request_id)
+        if isinstance(message, LorasRefused):
+            if request is None:  # the active set, given again to a new worker: jobs that use it will say so too
+                logger.error("the LoRAs that were set are no longer to be had: %s", message.message)
+            elif not request.answer.done():
+                request.answer.set_exception(_lora_error(message))
+        elif request is not None and not request.answer.done():
+            request.answer.set_result(message.state)
+
+    def _drop_lora_requests(self, reason: str, *, all_of_them: bool = False) -> None:
+        """Answer what can no longer be answered: a question that a worker died over is not put to the next one."""
+        for request in self._lora_requests.values():
+            if (request.sent or all_of_them) and not request.answer.done():
+                request.answer.set_exception(EngineLost(f"The worker ended before the LoRAs were loaded ({reason})."))
 
     # --- the worker's life
 
@@ -162,8 +223,10 @@ class WorkerEngine:
                 break
             self._num_restarts += 1
             self._set_status("restarting", f"The worker ended ({reason or _describe(code)}) and is being replaced.")
+            self._drop_lora_requests(reason or _describe(code))
             self._interrupt_jobs(reason or _describe(code))
             await asyncio.sleep(RESTART_PAUSE_S * failed_starts)
+        self._drop_lora_requests(self._status.detail, all_of_them=True)
         for job_id in list(self._jobs):
             self._conclude(Failed(job_id, EngineLost.code, self._status.detail))
 
@@ -194,7 +257,8 @@ class WorkerEngine:
         while True:
             await asyncio.sleep(min(1.0, self._config.hang_timeout_s / 4))
             silent_s = time.monotonic() - self._silence.since
-            if self._ready.is_set() and self._jobs and silent_s > self._silence.patience_s:
+            has_work = self._jobs or self._lora_requests
+            if self._ready.is_set() and has_work and silent_s > self._silence.patience_s:
                 self._reason = f"it did not answer for {silent_s:.0f} s"
                 logger.error("worker %d %s; ending it", worker.pid, self._reason)
                 worker.kill()
@@ -218,6 +282,8 @@ class WorkerEngine:
                 if expected_s is not None:
                     explained_s = max(SHORTEST_PATIENCE_S, PATIENCE_FACTOR * expected_s)
                     self._silence.patience_s = min(self._config.hang_timeout_s, explained_s)
+            case LorasReady() | LorasRefused():
+                self._hear_of_loras(message)
             case Finished() | Failed():
                 self._conclude(message)
             case Progress() | Preview():
@@ -235,6 +301,11 @@ class WorkerEngine:
         if not self._first_ready.done():
             self._first_ready.set_result(card)
         assert self._worker is not None
+        # Before the jobs, which are to find the LoRAs loaded.
+        if self._active_loras is not None:
+            self._worker.send(self._active_loras)
+        for request in self._lora_requests.values():
+            self._send_lora_request(request)
         for job in self._jobs.values():
             self._worker.send(Submit(job.request))
 
@@ -272,6 +343,13 @@ class WorkerEngine:
 
     def _set_status(self, state: str, detail: str) -> None:
         self._status = EngineStatus(state=state, detail=detail, num_restarts=self._num_restarts)  # type: ignore[arg-type]
+
+
+def _lora_error(refusal: LorasRefused) -> ServiceError:
+    error = JOB_ERRORS.get(refusal.code)
+    if error is not None:
+        return error(refusal.message, param=refusal.param)
+    return RequestError(refusal.message, param=refusal.param, code=refusal.code)
 
 
 def _describe(code: int) -> str:

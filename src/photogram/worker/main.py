@@ -22,7 +22,20 @@ from transformers.utils import logging as transformers_logging
 
 from ..core.config import WorkerConfig
 from ..core.errors import ConfigError
-from ..core.messages import Cancel, Fatal, Load, LoadFailed, Loading, Ready, Shutdown, Submit, ToHost, ToWorker
+from ..core.messages import (
+    Cancel,
+    Fatal,
+    Load,
+    LoadFailed,
+    Loading,
+    PrepareLoras,
+    Ready,
+    SetLoras,
+    Shutdown,
+    Submit,
+    ToHost,
+    ToWorker,
+)
 from ..core.wire import HEADER_BYTES, body_length, pack, to_worker
 from .loading import load
 from .memory import DeviceLost, limit_memory
@@ -100,6 +113,8 @@ def serve(config: WorkerConfig, link: HostLink) -> int:
                         worker.submit(request)
                     case Cancel(job_id=job_id):
                         worker.cancel(job_id)
+                    case SetLoras() | PrepareLoras() as message:
+                        worker.set_loras(message)
                 busy = True
             busy = worker.turn()
 

@@ -12,7 +12,17 @@ import torch
 
 from ..core.config import WorkerConfig
 from ..core.errors import GenerationFailed, OutOfMemory, RequestError, ServiceError
-from ..core.messages import Began, Failed, Finished, Preview, Progress, ToHost
+from ..core.messages import (
+    Began,
+    Failed,
+    Finished,
+    LorasRefused,
+    PrepareLoras,
+    Preview,
+    Progress,
+    SetLoras,
+    ToHost,
+)
 from ..core.request import GenerateRequest
 from ..scheduler import JobTicket, PendingCall, Run, Scheduler, SchedulerConfig, Start
 from .arguments import for_two_prompts, to_frames
@@ -101,6 +111,11 @@ class Worker:
             return
         self._end(job)
         self._emit(Failed(job_id, "cancelled", "The job was cancelled."))
+
+    def set_loras(self, message: SetLoras | PrepareLoras) -> None:
+        """Load, merge or take out LoRAs, and answer."""
+        text = "LoRA is not enabled for this pipeline."
+        self._emit(LorasRefused(message.request_id, "lora_not_supported", text))
 
     @property
     def caches_steps(self) -> bool:
