@@ -71,6 +71,11 @@ class ServeConfig:
     api_key: tuple[str, ...] = setting((), "key that clients must send; may be repeated")
     api_key_file: str | None = setting(None, "file with one key a line")
     admin_api_key: str | None = setting(None, "key for administrative routes")
+    # --- other servers
+    fetch_urls: bool = setting(True, "fetch input pictures from http(s) URLs that clients name")
+    allow_url_host: tuple[str, ...] = setting(
+        (), "HOST or HOST:PORT that URLs may name whatever its address; may be repeated"
+    )
     # --- limits
     max_batch_size: int = setting(8, "calls run as one forward pass, at most")
     max_live_jobs: int = setting(32, "jobs started and not finished, at most")
