@@ -12,7 +12,7 @@ from photogram.core.messages import FrameBlock
 from photogram.core.request import OutputSpec
 from photogram.media.pool import MediaPool
 
-from .pictures import block, photo
+from .pictures import block, clip_block, decoded, moving, photo, psnr
 
 
 def test_a_picture_is_fitted_encoded_and_told_with_its_size(tmp_path):
@@ -66,13 +66,13 @@ def test_what_is_not_one_picture_is_a_failed_generation_and_leaves_no_frames(tmp
 
 def test_cancelled_encodes_leave_no_frames(tmp_path, monkeypatch):
     gate = threading.Event()
-    encode = pool_module._encode
+    encode = pool_module._encode_picture
 
     def wait_and_encode(*arguments):
         gate.wait(30)
         return encode(*arguments)
 
-    monkeypatch.setattr(pool_module, "_encode", wait_and_encode)
+    monkeypatch.setattr(pool_module, "_encode_picture", wait_and_encode)
 
     async def cancel_all():
         pool = MediaPool(tmp_path, num_threads=1)
@@ -104,13 +104,13 @@ def test_a_closed_pool_refuses_and_leaves_no_frames(tmp_path):
 
 def test_the_event_loop_runs_on_while_pictures_are_encoded(tmp_path, monkeypatch):
     gate = threading.Event()
-    encode = pool_module._encode
+    encode = pool_module._encode_picture
 
     def wait_and_encode(*arguments):
         assert gate.wait(30)
         return encode(*arguments)
 
-    monkeypatch.setattr(pool_module, "_encode", wait_and_encode)
+    monkeypatch.setattr(pool_module, "_encode_picture", wait_and_encode)
 
     async def encode_while_the_loop_turns():
         pool = MediaPool(tmp_path, num_threads=1)
@@ -125,3 +125,67 @@ def test_the_event_loop_runs_on_while_pictures_are_encoded(tmp_path, monkeypatch
         return made
 
     assert asyncio.run(encode_while_the_loop_turns()).content_type == "image/jpeg"
+
+
+CLIP = OutputSpec(width=96, height=60, format="mp4", compression=90, fps=16)
+
+
+def encoded_clip(folder, frames, output=CLIP):
+    async def encode():
+        pool = MediaPool(folder / "frames")
+        try:
+            return await pool.encode_clip(clip_block(folder / "frames", frames), output, None)
+        finally:
+            pool.close()
+
+    (folder / "frames").mkdir()
+    return asyncio.run(encode())
+
+
+def test_a_clip_is_fitted_encoded_and_told_with_its_size_and_length(tmp_path):
+    frames = moving(5, 96, 64)
+    made = encoded_clip(tmp_path, frames)
+    assert (made.content_type, made.width, made.height, made.num_frames, made.fps) == ("video/mp4", 96, 60, 5, 16)
+    assert psnr(decoded(made.data), frames[:, 2:62]) > 25
+    assert list((tmp_path / "frames").iterdir()) == []
+
+
+def test_a_drawn_clip_is_enlarged_to_the_size_asked_for(tmp_path):
+    output = OutputSpec(width=192, height=128, format="mp4", compression=90, fps=16)
+    assert decoded(encoded_clip(tmp_path, moving(5, 96, 64), output).data).shape == (5, 128, 192, 3)
+
+
+def test_a_clip_that_continues_another_follows_it_without_the_frame_they_share(tmp_path):
+    frames = moving(9, 96, 60)
+    np.save(tmp_path / "earlier.npy", frames[:5])
+    output = OutputSpec(
+        width=96, height=60, format="mp4", compression=90, fps=16, continues=str(tmp_path / "earlier.npy")
+    )
+    made = encoded_clip(tmp_path, frames[4:], output)
+    assert made.num_frames == 9
+    assert psnr(decoded(made.data), frames) > 25
+
+
+@pytest.mark.parametrize(
+    ("shape", "format", "fps"),
+    [((2, 16, 16, 4), "mp4", 16), ((2, 16, 16, 3), "png", 16), ((2, 16, 16, 3), "mp4", None)],
+)
+def test_what_is_no_clip_is_a_failed_generation_and_leaves_no_frames(tmp_path, shape, format, fps):
+    output = OutputSpec(width=16, height=16, format=format, compression=75, fps=fps)
+    with pytest.raises(GenerationFailed, match="RGB frames"):
+        encoded_clip(tmp_path, np.zeros(shape, np.uint8), output)
+    assert list((tmp_path / "frames").iterdir()) == []
+
+
+def test_a_still_of_a_clip_is_made_off_the_loop(tmp_path):
+    made = encoded_clip(tmp_path, moving(5, 96, 60))
+
+    async def still():
+        pool = MediaPool(tmp_path)
+        try:
+            return await pool.still(made.data, "thumbnail")
+        finally:
+            pool.close()
+
+    with Image.open(io.BytesIO(asyncio.run(still()))) as picture:
+        assert (picture.format, picture.size) == ("WEBP", (96, 60))

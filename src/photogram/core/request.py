@@ -66,7 +66,9 @@ class OutputSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The file to deliver. `compression` is 0 (smallest) to 100 (best); PNG ignores it.
 
     Where `width` and `height` differ from the drawn size, the drawing is enlarged (Lanczos) until it covers them
-    and cropped evenly.
+    and cropped evenly. `fps` is given for a clip. `continues` is the path of a clip in the form of
+    `GenerateRequest.video` and of this size: it comes first, and the drawing's first frame, which repeats its last,
+    is left out.
     """
 
     width: int
@@ -75,3 +77,5 @@ class OutputSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     compression: int
     original: str | None = None  # the picture whose pixels come back outside the mask
     mask: str | None = None  # 8-bit grey, 255 where the picture is edited
+    fps: int | None = None
+    continues: str | None = None

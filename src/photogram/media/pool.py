@@ -1,21 +1,32 @@
-"""Encoding off the event loop: a few threads, for numpy, zlib and Pillow work outside the interpreter's lock."""
+"""Encoding off the event loop: a few threads, for work that numpy, zlib, Pillow and FFmpeg do outside the lock."""
 
 from __future__ import annotations
 
 import asyncio
 import os
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
+from typing import ParamSpec, TypeVar
+
+import numpy as np
 
 from ..core.errors import EngineLost, GenerationFailed
 from ..core.messages import FrameBlock
 from ..core.request import OutputSpec
+from .clip_file import encode_mp4
 from .fit import fit
-from .frames import discard_frames, take_frames
+from .frames import Frames, discard_frames, take_frames
 from .image_file import FILE_TYPES, encode_image
 from .inputs import keep_outside
 from .provenance import Provenance
+from .stills import STILLS
+
+P = ParamSpec("P")
+T = TypeVar("T")
+Encoded = TypeVar("Encoded")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +37,18 @@ class EncodedImage:
     content_type: str
     width: int
     height: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncodedClip:
+    """A finished file; `num_frames` counts all that are in it, `fps` of them a second."""
+
+    data: bytes
+    content_type: str
+    width: int
+    height: int
+    num_frames: int
+    fps: int
 
 
 class MediaPool:
@@ -44,16 +67,44 @@ class MediaPool:
         The block's file is gone afterwards, whatever happens, also when the caller is cancelled. Raises
         GenerationFailed for a block that is not one picture and EngineLost once the pool is closed.
         """
+        return await self._encoded(_encode_picture, block, output, provenance)
+
+    async def encode_clip(self, block: FrameBlock, output: OutputSpec, provenance: Provenance | None) -> EncodedClip:
+        """Return the block's frames as an MP4 file of exactly the output's size and frame rate.
+
+        The block's file is gone afterwards, as with `encode_picture`. Raises GenerationFailed for a block that is no
+        clip and EngineLost once the pool is closed.
+        """
+        return await self._encoded(_encode_clip, block, output, provenance)
+
+    async def still(self, clip: bytes, variant: str) -> bytes:
+        """Return a picture of a finished clip: `variant` is a key of `STILLS`."""
+        make = STILLS[variant].make
+        return await asyncio.wrap_future(self._submit(make, clip))
+
+    async def _encoded(
+        self,
+        encode: Callable[[FrameBlock, Path, OutputSpec, Provenance | None], Encoded],
+        block: FrameBlock,
+        output: OutputSpec,
+        provenance: Provenance | None,
+    ) -> Encoded:
         try:
-            future = self._executor.submit(_encode, block, self._frames_dir, output, provenance)
-        except RuntimeError as error:
+            future = self._submit(encode, block, self._frames_dir, output, provenance)
+        except EngineLost:
             discard_frames(block, self._frames_dir)
-            raise EngineLost("the server is stopping; send the request again later.") from error
+            raise
         try:
             return await asyncio.wrap_future(future)
         finally:
             if future.cancelled():  # it never began, so nobody took the frames
                 discard_frames(block, self._frames_dir)
+
+    def _submit(self, work: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> Future[T]:
+        try:
+            return self._executor.submit(work, *arguments, **options)
+        except RuntimeError as error:
+            raise EngineLost("the server is stopping; send the request again later.") from error
 
     def discard(self, block: FrameBlock) -> None:
         """Remove the frames of a job that nobody waits for any more."""
@@ -64,7 +115,9 @@ class MediaPool:
         self._executor.shutdown(wait=True)
 
 
-def _encode(block: FrameBlock, frames_dir: Path, output: OutputSpec, provenance: Provenance | None) -> EncodedImage:
+def _encode_picture(
+    block: FrameBlock, frames_dir: Path, output: OutputSpec, provenance: Provenance | None
+) -> EncodedImage:
     frames_FHWC = take_frames(block, frames_dir)
     if len(frames_FHWC) != 1 or output.format == "mp4":
         raise GenerationFailed(f"{len(frames_FHWC)} frames for a {output.format} file: a picture is one frame.")
@@ -76,4 +129,28 @@ def _encode(block: FrameBlock, frames_dir: Path, output: OutputSpec, provenance:
         content_type=FILE_TYPES[output.format].content_type,
         width=output.width,
         height=output.height,
+    )
+
+
+def _encode_clip(block: FrameBlock, frames_dir: Path, output: OutputSpec, provenance: Provenance | None) -> EncodedClip:
+    frames_FHWC = take_frames(block, frames_dir)
+    if output.format != "mp4" or output.fps is None or frames_FHWC.shape[3] != 3:
+        raise GenerationFailed(
+            f"frames of shape {frames_FHWC.shape} for a {output.format} file at {output.fps} frames a second: "
+            "a clip is RGB frames for an mp4 file."
+        )
+    earlier_FHWC: Frames | None = None
+    if output.continues is not None:
+        earlier_FHWC = np.load(output.continues, mmap_mode="r", allow_pickle=False)
+        frames_FHWC = frames_FHWC[1:]
+    drawn = (fit(frame_HWC, output.width, output.height) for frame_HWC in frames_FHWC)
+    frames = drawn if earlier_FHWC is None else chain(earlier_FHWC, drawn)
+    data = encode_mp4(frames, output.width, output.height, output.fps, output.compression, provenance)
+    return EncodedClip(
+        data=data,
+        content_type=FILE_TYPES["mp4"].content_type,
+        width=output.width,
+        height=output.height,
+        num_frames=len(frames_FHWC) + (0 if earlier_FHWC is None else len(earlier_FHWC)),
+        fps=output.fps,
     )

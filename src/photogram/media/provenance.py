@@ -1,9 +1,9 @@
-"""How a picture was made, written into its file and read back.
+"""How a picture or a clip was made, written into its file and read back.
 
 PNG carries text chunks (`Software`, `Description`, `photogram`) and XMP; JPEG and WebP carry EXIF (`Software`,
-`ImageDescription`, `UserComment`) and XMP. `Description` is the prompt for people and other programs, `photogram`
-and `UserComment` are the whole `Provenance` as JSON. Nothing here tells the time, the request or the file's quality:
-the same request makes the same metadata.
+`ImageDescription`, `UserComment`) and XMP; MP4 carries `description`, `comment` and XMP. `Description` is the prompt
+for people and other programs; `photogram`, `UserComment` and `comment` are the whole `Provenance` as JSON. Nothing
+here tells the time, the request or the file's quality: the same request makes the same metadata.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import io
 from collections.abc import Callable
 from xml.sax.saxutils import quoteattr
 
+import av
 import msgspec
 from PIL import Image
 
@@ -41,6 +42,8 @@ class Provenance(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     guidance_scale: float | None = None
     size: str
     generated_size: str
+    num_frames: int | None = None
+    fps: int | None = None
     model: str
     revision: str | None = None
     software: str = f"photogram {__version__}"
@@ -62,6 +65,8 @@ def describe(request: GenerateRequest, output: OutputSpec, card: ModelCard) -> P
         guidance_scale=request.guidance_scale,
         size=f"{output.width}x{output.height}",
         generated_size=f"{request.width}x{request.height}",
+        num_frames=request.num_frames if output.format == "mp4" else None,
+        fps=request.fps if output.format == "mp4" else None,
         model=card.name,
         revision=card.revision,
     )
@@ -90,18 +95,36 @@ def exif_and_xmp(provenance: Provenance, *, segments: bool) -> tuple[bytes, byte
     return exif, xmp
 
 
-def read_provenance(data: bytes) -> Provenance | None:
-    """Return what a PNG, JPEG or WebP file made by photogram says of itself, None where it says nothing.
+def clip_texts(provenance: Provenance) -> dict[str, str]:
+    """Return the metadata of an MP4 file."""
+    return {"description": provenance.prompt, "comment": _json(provenance)}
 
-    Raises RequestError when the bytes are no picture.
+
+def xmp_packet(provenance: Provenance) -> bytes:
+    """Return the XMP packet of a file that has room for a whole one."""
+    return _xmp(provenance).encode()
+
+
+def read_provenance(data: bytes) -> Provenance | None:
+    """Return what a PNG, JPEG, WebP or MP4 file made by photogram says of itself, None where it says nothing.
+
+    Raises RequestError when the bytes are neither a picture nor a clip.
     """
+    text: object
     try:
+        if data[4:8] == b"ftyp":
+            with av.open(io.BytesIO(data), "r", format="mp4") as container:
+                return _parsed(container.metadata.get("comment"))
         with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as image:
             text = image.info.get("photogram")
             if text is None:
                 text = _comment_text(image.getexif().get_ifd(_EXIF_IFD).get(_USER_COMMENT, b""))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise RequestError(f"the file is no readable PNG, JPEG or WebP picture ({error}).", param="image") from error
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, av.FFmpegError) as error:
+        raise RequestError(f"the file is no readable picture or clip ({error}).", param="image") from error
+    return _parsed(text)
+
+
+def _parsed(text: object) -> Provenance | None:
     if not isinstance(text, str) or not text.startswith("{"):
         return None
     try:

@@ -1,0 +1,204 @@
+"""Clips as files: opened only when they are known to be harmless, read upright and as RGB.
+
+The type is told by the bytes; the size is checked before anything is decoded; only formats that name no other files
+and well-known codecs are opened.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import IO
+
+import av
+import numpy as np
+from av.container import InputContainer
+from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
+from av.video.stream import VideoStream
+from PIL import Image, ImageOps
+
+from ..core.errors import RequestError
+from .clip_file import SCALING
+from .fit import Picture
+
+# FFmpeg's decoders, with the codecs' names.
+CODECS = {"h264": "H.264", "hevc": "HEVC", "vp8": "VP8", "vp9": "VP9", "av1": "AV1", "libdav1d": "AV1",
+          "mpeg4": "MPEG-4"}  # fmt: skip
+MIN_SIDE = 16
+MAX_PACKETS = 100_000
+_THREADS = 2
+_HD_HEIGHT = 720
+# H.273's matrix coefficients as swscale names them.
+_COLORSPACES = {1: Colorspace.ITU709, 4: Colorspace.FCC, 5: Colorspace.ITU601, 6: Colorspace.ITU601,
+                7: Colorspace.SMPTE240M, 9: Colorspace.BT2020}  # fmt: skip
+
+Source = IO[bytes] | Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClipFacts:
+    """What a clip is, upright: pixels, frames, and frames a second on average."""
+
+    width: int
+    height: int
+    num_frames: int
+    fps: float
+
+    @property
+    def seconds(self) -> float:
+        return self.num_frames / self.fps
+
+
+def probe_clip(source: Source, what: str, *, max_pixels: int, param: str = "video") -> ClipFacts:
+    """Return what an MP4, MOV, WebM or Matroska clip is, without decoding it; every frame's place is read.
+
+    `what` names it in errors. Raises RequestError for anything else, and for frames of more than `max_pixels`.
+    """
+    with _opened(source, what, param) as (container, stream):
+        width, height = stream.codec_context.width, stream.codec_context.height
+        if width * height > max_pixels:
+            raise RequestError(
+                f"{what} is {width}x{height}: over {max_pixels} pixels (--max-video-pixels).",
+                param=param,
+                code="video_too_large",
+            )
+        if min(width, height) < MIN_SIDE:
+            raise RequestError(f"{what} is {width}x{height}: a side must have at least {MIN_SIDE} pixels.", param=param)
+        times: list[int] = []
+        for packet in container.demux(stream):
+            if packet.pts is not None:
+                times.append(packet.pts)
+            if len(times) > MAX_PACKETS:
+                raise RequestError(f"{what} has over {MAX_PACKETS} frames.", param=param, code="video_too_long")
+        if not times or stream.time_base is None:
+            raise RequestError(f"{what} has no frames.", param=param, code="invalid_video")
+        span = (max(times) - min(times)) * stream.time_base
+        fps = Fraction(len(times) - 1) / span if span else stream.average_rate or Fraction(1)
+        turned = _first_frame(container, stream).rotation % 180 != 0
+    if turned:
+        width, height = height, width
+    return ClipFacts(width=width, height=height, num_frames=len(times), fps=float(fps))
+
+
+def write_frames(
+    source: Source,
+    what: str,
+    target: Path,
+    *,
+    width: int,
+    height: int,
+    fps: int,
+    num_frames: int,
+    max_pixels: int,
+    param: str = "video",
+) -> None:
+    """Write the clip's beginning as a NumPy file of uint8 RGB, shape (F, H, W, 3): at `fps`, covering the size and
+    cropped evenly. Where it is shorter its last frame stays.
+
+    Frame i is the one that is shown at i / fps. Raises RequestError when the clip cannot be decoded.
+    """
+    with _opened(source, what, param) as (container, stream):
+        out_FHWC = np.lib.format.open_memmap(target, "w+", np.uint8, (num_frames, height, width, 3))
+        shown: Picture | None = None
+        filled = 0
+        start: Fraction | None = None
+        for frame in container.decode(stream):
+            if frame.width * frame.height > max_pixels:
+                raise RequestError(f"{what} grows over {max_pixels} pixels.", param=param, code="video_too_large")
+            if frame.pts is None or frame.time_base is None:
+                continue
+            start = frame.pts * frame.time_base if start is None else start
+            # What was on the screen until this frame came.
+            until = min(num_frames, _frames_before(frame.pts * frame.time_base - start, fps))
+            if shown is not None and until > filled:
+                out_FHWC[filled:until] = _covering(shown, width, height)
+                filled = until
+            if filled == num_frames:
+                break
+            shown = _upright(frame)
+        if shown is None:
+            raise RequestError(f"{what} has no frame that can be decoded.", param=param, code="invalid_video")
+        out_FHWC[filled:] = _covering(shown, width, height)
+        out_FHWC.flush()
+
+
+def evenly_spaced(data: bytes, num: int) -> list[Picture]:
+    """Return up to `num` frames of a clip, in order and equally far apart, in its own size; one is its middle."""
+    with _opened(io.BytesIO(data), "the clip", "video") as (container, stream):
+        total = max(1, stream.frames)
+        num = min(num, total)
+        wanted = {(2 * index + 1) * total // (2 * num) for index in range(num)}
+        return [_upright(frame) for index, frame in enumerate(container.decode(stream)) if index in wanted]
+
+
+@contextmanager
+def _opened(source: Source, what: str, param: str) -> Iterator[tuple[InputContainer, VideoStream]]:
+    """The container and its first video stream. What FFmpeg finds wrong with it is a RequestError."""
+    refusal = RequestError(f"{what}: no readable MP4, MOV or WebM clip.", param=param, code="invalid_video")
+    file = source.open("rb") if isinstance(source, Path) else source
+    try:
+        file.seek(0)
+        head = file.read(12)
+        file.seek(0)
+        # Named outright: a demuxer chosen by FFmpeg could be one that opens further files or addresses.
+        format = "mov" if head[4:8] == b"ftyp" else "matroska" if head[:4] == b"\x1aE\xdf\xa3" else None
+        if format is None:
+            raise refusal
+        with av.open(file, "r", format=format, io_open=_refuse_to_open) as container:
+            stream = next(iter(container.streams.video), None)
+            # FFmpeg gives no context for a codec that it does not know.
+            codec = None if stream is None or stream.codec_context is None else stream.codec_context.name
+            if stream is None or codec not in CODECS:
+                known = ", ".join(dict.fromkeys(CODECS.values()))
+                raise RequestError(
+                    f"{what}: has {codec or 'no known video'}; {known} are read.", param=param, code="unsupported_video"
+                )
+            stream.codec_context.thread_count = _THREADS
+            yield container, stream
+    except (av.FFmpegError, ValueError, ArithmeticError, MemoryError, EOFError):
+        raise refusal from None
+    finally:
+        if isinstance(source, Path):
+            file.close()
+
+
+def _refuse_to_open(url: str, flags: int, options: dict[str, str]) -> None:
+    raise ValueError("a clip may not name other files")
+
+
+def _first_frame(container: InputContainer, stream: VideoStream) -> av.VideoFrame:
+    container.seek(0)
+    return next(iter(container.decode(stream)))
+
+
+def _frames_before(time: Fraction, fps: int) -> int:
+    """How many frames at `fps` begin before `time` seconds; a hundredth of a frame is rounding."""
+    return -int(-(time * fps - Fraction(1, 100)) // 1)
+
+
+def _upright(frame: av.VideoFrame) -> Picture:
+    space = _COLORSPACES.get(frame.colorspace, Colorspace.ITU709 if frame.height >= _HD_HEIGHT else Colorspace.ITU601)
+    range_ = ColorRange.JPEG if frame.color_range == ColorRange.JPEG else ColorRange.MPEG
+    rgb = VideoReformatter().reformat(
+        frame,
+        format="rgb24",
+        src_colorspace=space,
+        dst_colorspace=space,
+        src_color_range=range_,
+        dst_color_range=ColorRange.JPEG,
+        interpolation=SCALING,
+    )
+    picture: Picture = np.asarray(rgb.to_ndarray(), np.uint8)
+    return np.rot90(picture, frame.rotation // 90 % 4) if frame.rotation else picture
+
+
+def _covering(picture_HWC: Picture, width: int, height: int) -> Picture:
+    """The picture enlarged or reduced until it just covers the size, and cropped evenly."""
+    if picture_HWC.shape[:2] == (height, width):
+        return picture_HWC
+    image = Image.fromarray(np.ascontiguousarray(picture_HWC))
+    return np.asarray(ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS))

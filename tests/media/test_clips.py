@@ -1,0 +1,186 @@
+import contextlib
+import io
+from fractions import Fraction
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from photogram.core.errors import RequestError
+from photogram.media.clip_file import encode_mp4
+from photogram.media.clips import ClipFacts, probe_clip, write_frames
+from photogram.media.stills import STILLS
+
+from .pictures import moving, psnr
+
+PIXELS = 1920 * 1088
+
+
+@pytest.fixture(scope="module")
+def frames():
+    return moving(17, 192, 128)
+
+
+@pytest.fixture(scope="module")
+def clip(frames):
+    return encode_mp4(frames, 192, 128, 16, 90)
+
+
+def other_file(frames, format, codec, pix_fmt="yuv420p", times=None):
+    """A clip as another program writes it; `times` are the frames' times in hundredths of a second."""
+    file = io.BytesIO()
+    with av.open(file, "w", format=format) as container:
+        stream = container.add_stream(codec, rate=25)
+        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], pix_fmt
+        stream.time_base = stream.codec_context.time_base = Fraction(1, 100)
+        for number, picture in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(picture, "rgb24")
+            frame.pts, frame.time_base = (times or range(0, 4 * len(frames), 4))[number], Fraction(1, 100)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return file.getvalue()
+
+
+def read(data, tmp_path, **changes):
+    options = {"width": 192, "height": 128, "fps": 16, "num_frames": 17, "max_pixels": PIXELS, **changes}
+    write_frames(io.BytesIO(data), "'video'", tmp_path / "frames.npy", **options)
+    return np.load(tmp_path / "frames.npy")
+
+
+def test_a_clip_is_known_before_it_is_decoded(clip, tmp_path):
+    known = ClipFacts(width=192, height=128, num_frames=17, fps=16.0)
+    assert probe_clip(io.BytesIO(clip), "'video'", max_pixels=PIXELS) == known
+    (tmp_path / "clip").write_bytes(clip)
+    assert probe_clip(tmp_path / "clip", "'video'", max_pixels=PIXELS) == known
+    assert known.seconds == 17 / 16
+
+
+def test_frames_come_back_in_their_order_and_colours(clip, frames, tmp_path):
+    found = read(clip, tmp_path)
+    assert (found.dtype, found.shape) == (np.uint8, frames.shape)
+    assert min(psnr(one, drawn) for one, drawn in zip(found, frames, strict=True)) > 34
+
+
+def test_another_rate_takes_the_frame_that_is_shown_at_each_time(clip, frames, tmp_path):
+    half = read(clip, tmp_path, fps=8, num_frames=9)
+    assert all(psnr(one, drawn) > 34 for one, drawn in zip(half, frames[::2], strict=True))
+    double = read(clip, tmp_path, fps=32, num_frames=34)
+    assert all(np.array_equal(double[2 * number], double[2 * number + 1]) for number in range(17))
+
+
+def test_frames_of_unequal_duration_are_shown_as_long_as_they_last(frames, tmp_path):
+    data = other_file(frames[:3], "matroska", "libx264", times=[0, 50, 75])
+    found = read(data, tmp_path, fps=8, num_frames=8)
+    shown = [max(range(3), key=lambda number: psnr(one, frames[number])) for one in found]
+    assert shown == [0, 0, 0, 0, 1, 1, 2, 2]
+
+
+def test_a_longer_reading_stays_at_the_last_frame_and_a_shorter_one_stops(clip, frames, tmp_path):
+    longer = read(clip, tmp_path, num_frames=21)
+    assert all(psnr(one, frames[16]) > 34 for one in longer[16:])
+    assert len(read(clip, tmp_path, num_frames=5)) == 5
+
+
+def test_another_size_is_covered_and_cropped_evenly(clip, frames, tmp_path):
+    found = read(clip, tmp_path, width=128, height=128, num_frames=1)[0]
+    assert psnr(found, frames[0][:, 32:160]) > 34
+
+
+@pytest.mark.parametrize(
+    ("format", "codec"), [("mov", "libx264"), ("webm", "libvpx-vp9"), ("matroska", "libx264"), ("mp4", "mpeg4")]
+)
+def test_the_formats_of_other_programs_are_read(frames, format, codec, tmp_path):
+    data = other_file(frames[:6], format, codec)
+    facts = probe_clip(io.BytesIO(data), "'video'", max_pixels=PIXELS)
+    assert (facts.width, facts.height, facts.num_frames) == (192, 128, 6)
+    assert facts.fps == pytest.approx(25, rel=0.01)
+    found = read(data, tmp_path, fps=25, num_frames=6)
+    assert psnr(found, frames[:6]) > 24
+
+
+def test_a_clip_that_was_filmed_upright_is_read_upright(clip, tmp_path):
+    """Telephones store the frames lying down, and a matrix that turns them."""
+    identity = b"".join(number.to_bytes(4, "big", signed=True) for number in (1 << 16, 0, 0, 0, 1 << 16, 0))
+    quarter = b"".join(number.to_bytes(4, "big", signed=True) for number in (0, 1 << 16, 0, -(1 << 16), 0, 0))
+    track = clip.index(b"tkhd")
+    at = clip.index(identity, track)
+    turned = clip[:at] + quarter + clip[at + len(quarter) :]
+    facts = probe_clip(io.BytesIO(turned), "'video'", max_pixels=PIXELS)
+    assert (facts.width, facts.height) == (128, 192)
+    upright = read(turned, tmp_path, width=128, height=192, num_frames=1)[0]
+    lying = read(clip, tmp_path, num_frames=1)[0]
+    assert psnr(upright, np.rot90(lying, -1)) > 40
+
+
+@pytest.mark.parametrize(
+    ("data", "code"),
+    [
+        (b"", "invalid_video"),
+        (b"no clip at all", "invalid_video"),
+        (b"#EXTM3U\nfile:///etc/passwd\n", "invalid_video"),
+        (b"ffconcat version 1.0\nfile /etc/passwd\n", "invalid_video"),
+        (b"\0\0\0\x18ftypisom\0\0\0\0isom", "invalid_video"),
+        (b"\x1aE\xdf\xa3" + bytes(64), "invalid_video"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(64), "invalid_video"),
+    ],
+)
+def test_what_is_no_clip_is_refused_with_the_parameter(data, code):
+    with pytest.raises(RequestError) as refusal:
+        probe_clip(io.BytesIO(data), "'video'", max_pixels=PIXELS)
+    assert (refusal.value.param, refusal.value.code) == ("video", code)
+
+
+def test_a_clip_of_too_many_pixels_is_refused_before_it_is_decoded(clip):
+    with pytest.raises(RequestError, match="192x128: over 10000 pixels") as refusal:
+        probe_clip(io.BytesIO(clip), "'video'", max_pixels=10_000)
+    assert refusal.value.code == "video_too_large"
+
+
+def test_a_codec_that_is_not_listed_is_refused(frames):
+    data = other_file(frames[:2], "mov", "prores_ks", pix_fmt="yuv422p10le")
+    with pytest.raises(RequestError, match="prores") as refusal:
+        probe_clip(io.BytesIO(data), "'video'", max_pixels=PIXELS)
+    assert refusal.value.code == "unsupported_video"
+
+
+def test_every_truncation_of_a_clip_is_refused_or_read(clip, tmp_path):
+    for length in range(0, len(clip), len(clip) // 40):
+        with contextlib.suppress(RequestError):
+            probe_clip(io.BytesIO(clip[:length]), "'video'", max_pixels=PIXELS)
+            read(clip[:length], tmp_path)
+
+
+def test_noise_in_a_clip_is_refused_or_read(clip, tmp_path):
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        broken = bytearray(clip)
+        for at in rng.integers(0, len(clip), 30):
+            broken[at] = rng.integers(256)
+        with contextlib.suppress(RequestError):
+            probe_clip(io.BytesIO(broken), "'video'", max_pixels=PIXELS)
+            read(bytes(broken), tmp_path)
+
+
+def test_a_thumbnail_is_the_frame_in_the_middle(clip, frames):
+    with Image.open(io.BytesIO(STILLS["thumbnail"].make(clip))) as picture:
+        assert (picture.format, picture.size) == ("WEBP", (192, 128))
+        found = [psnr(np.asarray(picture.convert("RGB")), frame) for frame in frames]
+    assert found.index(max(found)) == 8
+
+
+def test_a_spritesheet_shows_frames_from_start_to_end(clip, frames):
+    with Image.open(io.BytesIO(STILLS["spritesheet"].make(clip))) as picture:
+        assert (picture.format, picture.size) == ("JPEG", (5 * 192, 4 * 128))
+        sheet = np.asarray(picture)
+    for number, frame in enumerate(frames):
+        row, column = divmod(number, 5)
+        assert psnr(sheet[row * 128 : row * 128 + 128, column * 192 : column * 192 + 192], frame) > 28
+
+
+def test_large_and_long_clips_have_small_stills():
+    data = encode_mp4(moving(30, 768, 64), 768, 64, 16, 20)
+    with Image.open(io.BytesIO(STILLS["thumbnail"].make(data))) as picture:
+        assert picture.size == (512, 43)
+    with Image.open(io.BytesIO(STILLS["spritesheet"].make(data))) as picture:
+        assert picture.size == (5 * 320, 5 * 27)
