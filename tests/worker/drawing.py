@@ -101,8 +101,16 @@ def decoder_input(args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tenso
     return (args[0] if args else kwargs.get("z", kwargs.get("latents"))).clone()
 
 
-def draw_alone(pipeline: DiffusionPipeline, request: GenerateRequest, images: Sequence[Any] = ()) -> Drawn:
-    """The unmodified pipeline run by itself, as its documentation says, with a fresh solver."""
+def draw_alone(
+    pipeline: DiffusionPipeline,
+    request: GenerateRequest,
+    images: Sequence[Any] = (),
+    given: Mapping[str, Any] | None = None,
+) -> Drawn:
+    """The unmodified pipeline run by itself, as its documentation says, with a fresh solver.
+
+    `given` are further arguments of its call, such as the picture, mask or clip to begin with.
+    """
     pipeline.set_progress_bar_config(disable=True)
     pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
     parameters = inspect.signature(type(pipeline).__call__).parameters
@@ -125,6 +133,8 @@ def draw_alone(pipeline: DiffusionPipeline, request: GenerateRequest, images: Se
         arguments["image"] = images[0] if len(images) == 1 else list(images)
     if "use_resolution_binning" in parameters:
         arguments["use_resolution_binning"] = False
+    arguments |= given or {}
+    arguments = {name: value for name, value in arguments.items() if name in parameters}
     drawn = Drawn()
     decode = pipeline.vae.decode
 

@@ -1,6 +1,6 @@
 """What the host must know of the served model to check requests and to describe it.
 
-Made by the worker once the pipeline is loaded, from the table in `models/cards` or, for a family that has no row
+Made by the worker once the pipeline is loaded, from the table in `models/families` or, for a family that has no row
 there, from the pipeline's signature and configuration.
 """
 
@@ -39,6 +39,9 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     takes_guidance: bool = True
     takes_negative_prompt: bool = True
     max_input_images: int = 0
+    takes_mask: bool = False  # edits may be bound to a part of the first picture
+    takes_strength: bool = False  # pictures (or clips) may be drawn anew from a strength
+    edit_strength: float | None = None  # of edits that name none, where an edit is a drawing anew
     default_frames: int | None = None
     frame_multiple: int = 1  # frames are 1 + k * frame_multiple
     max_frames: int | None = None

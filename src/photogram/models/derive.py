@@ -19,15 +19,21 @@ from ..core.card import ModelCard, ParameterKind
 from ..core.errors import ConfigError
 from ..core.request import Task
 from .checkpoint import CARD_FILE, Checkpoint
-from .families import DEFAULTS, NEEDS_IMAGE, FamilyDefaults
+from .families import DEFAULTS, FamilyDefaults
+from .latents import knows_latents
+from .uses import Use
 
 # Set by the server itself, or meaningless to a client.
 _RESERVED = frozenset(
     {"self", "prompt", "negative_prompt", "image", "images", "height", "width", "num_inference_steps", "generator"}
     | {"num_images_per_prompt", "num_videos_per_prompt", "output_type", "return_dict", "num_frames", "frame_rate"}
-    | {"video", "mask_image", "batch_size", "max_area", "use_resolution_binning"}
+    | {"video", "mask_image", "strength", "batch_size", "max_area", "use_resolution_binning"}
 )
 _RESERVED_PARTS = ("embeds", "callback", "_kwargs", "attention_mask", "latents", "ip_adapter", "image")
+
+EDIT_STRENGTH = 0.7
+"""Of an edit that names no strength, by a model that draws the picture anew: enough for the prompt to show, and the
+picture's composition stays."""
 
 _KINDS: Mapping[type, ParameterKind] = {bool: "bool", int: "int", float: "float", str: "str"}
 
@@ -50,18 +56,22 @@ def derive_card(
     served_name: str | None,
     device: torch.device,
     device_name: str,
+    uses: frozenset[Use],
     families: Mapping[str, FamilyDefaults] = DEFAULTS,
 ) -> ModelCard:
-    """Return the card of a loaded pipeline. Raises ConfigError when the folder's own card file does not fit."""
+    """Return the card of a loaded pipeline and what its components can become.
+
+    Raises ConfigError when the folder's own card file does not fit."""
     parameters = inspect.signature(type(pipeline).__call__).parameters
     family = families.get(checkpoint.pipeline_class, FamilyDefaults())
-    media: Literal["image", "video"] = "video" if "num_frames" in parameters else "image"
+    media: Literal["image", "video"] = "video" if {"num_frames", "video"} & parameters.keys() else "image"
     multiple = size_multiple(pipeline)
     width, height = _default_size(pipeline, parameters, family, multiple)
     guidance = guidance_parameter(parameters)
     modules = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
     tensors = [tensor for module in modules.values() for tensor in module.parameters()]
-    tasks = _tasks(checkpoint.pipeline_class, parameters, media)
+    in_latents = knows_latents(pipeline)
+    tasks = _tasks(uses, media, in_latents)
     card: dict[str, Any] = {
         "name": served_name or checkpoint.name,
         "model_path": checkpoint.name,
@@ -78,6 +88,9 @@ def derive_card(
         "takes_guidance": guidance is not None,
         "takes_negative_prompt": "negative_prompt" in parameters,
         "max_input_images": _max_input_images(tasks, parameters),
+        "takes_mask": media == "image" and (in_latents or "inpaint" in uses),
+        "takes_strength": in_latents or bool({"redraw", "clip"} & uses),
+        "edit_strength": EDIT_STRENGTH if media == "image" and "image" not in uses and "I2I" in tasks else None,
         "quality_steps": dict(family.quality_steps),
         "parameters": request_parameters(parameters, guidance),
         "precisions": {name: precision(module) for name, module in modules.items()},
@@ -150,24 +163,27 @@ def precision(module: torch.nn.Module) -> str:
     return names.get(dtype, str(dtype).removeprefix("torch."))
 
 
-def _tasks(
-    pipeline_class: str, parameters: Mapping[str, inspect.Parameter], media: Literal["image", "video"]
-) -> tuple[Task, ...]:
-    image = parameters.get("image")
-    if image is None:
-        return ("T2V",) if media == "video" else ("T2I",)
-    if pipeline_class in NEEDS_IMAGE or image.default is inspect.Parameter.empty:
-        return ("I2V",) if media == "video" else ("I2I",)
-    return ("TI2V", "T2V", "I2V") if media == "video" else ("TI2I", "T2I", "I2I")
+def _tasks(uses: frozenset[Use], media: Literal["image", "video"], in_latents: bool) -> tuple[Task, ...]:
+    """What the model can be asked for; what it is made for comes first."""
+    text, image = "text" in uses, "image" in uses
+    if media == "video":
+        clips: tuple[Task, ...] = ("V2V",) if "clip" in uses or (text and in_latents) else ()
+        drawn: tuple[Task, ...] = ("TI2V", "T2V", "I2V") if text and image else ("T2V",) if text else ("I2V",)
+        return drawn + clips
+    if text and image:
+        return ("TI2I", "T2I", "I2I")
+    if not text:
+        return ("I2I",)
+    return ("T2I", "I2I") if "redraw" in uses or in_latents else ("T2I",)
 
 
 def _max_input_images(tasks: tuple[Task, ...], parameters: Mapping[str, inspect.Parameter]) -> int:
-    if "image" not in parameters or tasks[0] in ("T2I", "T2V"):
+    if not {"I2I", "I2V"} & set(tasks):
         return 0
-    takes_lists = "list[" in str(parameters["image"].annotation).lower() or "PipelineImageInput" in str(
-        parameters["image"].annotation
-    )
-    return 16 if takes_lists and tasks[0] in ("I2I", "TI2I") else 1
+    image = parameters.get("image")
+    annotation = "" if image is None or "strength" in parameters else str(image.annotation)
+    takes_lists = "list[" in annotation.lower() or "PipelineImageInput" in annotation
+    return 16 if takes_lists and "I2I" in tasks else 1
 
 
 def _default_size(

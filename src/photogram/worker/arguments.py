@@ -9,14 +9,27 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
-from PIL import Image
 
 from ..core.errors import GenerationFailed
 from ..core.request import GenerateRequest
-from ..models.derive import guidance_parameter
+from ..models.derive import EDIT_STRENGTH, guidance_parameter
+from ..models.uses import Route
+from .inputs import fitted, open_clip, open_mask, open_picture
+
+INPAINT_STRENGTH = 1.0
+"""Of the masked part, where the request names none: nothing of what was there stays."""
+
+CLIP_STRENGTH = 0.8
+"""Of a clip drawn anew, where the request names none."""
 
 
-def call_arguments(pipeline: DiffusionPipeline, request: GenerateRequest) -> dict[str, Any]:
+def strength_of(request: GenerateRequest) -> float:
+    if request.strength is not None:
+        return request.strength
+    return EDIT_STRENGTH if request.video is None else CLIP_STRENGTH
+
+
+def call_arguments(pipeline: DiffusionPipeline, route: Route, request: GenerateRequest) -> dict[str, Any]:
     """Return the keyword arguments of one job; only those its pipeline has, with a generator of the job's own.
 
     The generator is the CPU's whatever the device, so that a seed gives the same noise everywhere.
@@ -43,21 +56,40 @@ def call_arguments(pipeline: DiffusionPipeline, request: GenerateRequest) -> dic
         arguments["num_frames"] = request.num_frames
     if request.fps is not None:
         arguments["frame_rate"] = request.fps
-    if request.images:
-        images = [_open(path) for path in request.images]
-        arguments["image"] = images[0] if len(images) == 1 else images
-    arguments |= request.extra
+    arguments |= request.extra | _given(route, request)
     return {name: value for name, value in arguments.items() if name in parameters}
 
 
-def for_two_prompts(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of the same call made for two prompts, as the stacker learns from it."""
+def _given(route: Route, request: GenerateRequest) -> dict[str, Any]:
+    """The pictures or the clip as the route's use takes them; those that are drawn over come at the drawn size."""
+    size = (request.width, request.height)
+    match route.use:
+        case "clip":
+            return {"video": open_clip(request), "strength": strength_of(request)}
+        case "redraw":
+            return {"image": fitted(open_picture(request.images[0]), *size), "strength": strength_of(request)}
+        case "inpaint":
+            picture, mask = fitted(open_picture(request.images[0]), *size), open_mask(str(request.mask), *size)
+            strength = INPAINT_STRENGTH if request.strength is None else request.strength
+            return {"image": picture, "mask_image": mask, "strength": strength}
+    if route.reference_images:
+        images = [open_picture(path) for path in request.images]
+        return {"image": images[0] if len(images) == 1 else images}
+    return {}
+
+
+def for_two_prompts(arguments: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the arguments of the same call made for two prompts, as the stacker learns from it.
+
+    Pipelines differ in whether two prompts may share a picture: the second form gives each its own.
+    """
     doubled = dict(arguments)
     for name in ("prompt", "negative_prompt"):
         if name in doubled and doubled[name] is not None:
             doubled[name] = [doubled[name], doubled[name]]
-    doubled["generator"] = [torch.Generator("cpu").manual_seed(seed) for seed in (0, 1)]
-    return doubled
+    pictures = {name: [doubled[name]] * 2 for name in ("image", "mask_image", "video") if name in doubled}
+    forms = [doubled, doubled | pictures] if pictures else [doubled]
+    return [form | {"generator": [torch.Generator("cpu").manual_seed(seed) for seed in (0, 1)]} for form in forms]
 
 
 def to_frames(result: Any) -> np.ndarray:
@@ -77,8 +109,3 @@ def to_frames(result: Any) -> np.ndarray:
     # As diffusers' numpy_to_pil does it, on the device: a quarter of the bytes to copy.
     as_bytes = (pixels.float().clamp(0, 1) * 255).round().to(torch.uint8)
     return as_bytes.permute(0, 2, 3, 1).contiguous().cpu().numpy()
-
-
-def _open(path: str) -> Image.Image:
-    with Image.open(path) as picture:
-        return picture.convert("RGB")

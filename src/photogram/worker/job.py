@@ -10,9 +10,10 @@ import torch
 
 from ..core.messages import Phase
 from ..core.request import GenerateRequest
-from .arguments import call_arguments
+from .arguments import call_arguments, strength_of
 from .digest import DigestMemo
 from .fibers import Call, Fiber
+from .latent_source import read_source
 from .loading import ServedPipeline
 from .solver_watch import EstimateSolver, SolverWatch
 from .stacking import Stackable
@@ -54,14 +55,24 @@ class Job:
         self.largest_batch = 1
         self.num_previews = 0
         self.answers = Answers() if request.partial_images else None
-        pipeline = served.for_job()
-        self.arguments = call_arguments(pipeline, request)
-        self.watch = SolverWatch(pipeline, num_estimates=request.partial_images)
-        self.fiber = Fiber(lambda: pipeline(**self.arguments))
+        self.route = served.route(request)
+        self.pipeline = served.for_job(request)
+        self.arguments = call_arguments(self.pipeline, self.route, request)
+        self.watch = SolverWatch(self.pipeline, num_estimates=request.partial_images)
+        self.fiber = Fiber(self._run)
 
     @property
     def job_id(self) -> str:
         return self.request.job_id
+
+    def _run(self) -> Any:
+        """The fiber's code: the pipeline, after the source was encoded where the pipeline does not do it itself."""
+        if self.route.begins_from_source or self.route.keeps_outside:
+            strength = strength_of(self.request)
+            self.watch.source = read_source(self.pipeline, self.route, self.request, strength)
+            if self.answers is not None:
+                self.answers.encoded.clear()  # a replay begins with the pipeline
+        return self.pipeline(**self.arguments)
 
 
 def replay(job: Job, served: ServedPipeline, estimate: torch.Tensor) -> Any:
@@ -71,9 +82,9 @@ def replay(job: Job, served: ServedPipeline, estimate: torch.Tensor) -> Any:
     call but the decoder's answered from what the job noted: unpacking, scaling and decoding are the pipeline's own.
     With the last estimate this is the final picture, bit for bit.
     """
-    pipeline = served.for_job()
+    pipeline = served.for_job(job.request)
     EstimateSolver(pipeline, estimate)
-    arguments = call_arguments(pipeline, job.request)
+    arguments = call_arguments(pipeline, job.route, job.request)
     fiber = Fiber(lambda: pipeline(**arguments))
     num_encoded = num_denoised = 0
     outcome = fiber.resume()

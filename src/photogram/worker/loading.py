@@ -18,9 +18,12 @@ from diffusers.models.cache_utils import CacheMixin
 from ..core.card import ModelCard
 from ..core.config import WorkerConfig
 from ..core.errors import ConfigError
+from ..core.request import GenerateRequest
 from ..models.checkpoint import Checkpoint, find_checkpoint
 from ..models.derive import derive_card
 from ..models.families import CHANGES_ITS_DENOISER, DEFAULTS
+from ..models.latents import knows_latents
+from ..models.uses import Route, Use, pipelines_by_use, route
 from .long_prompts import read_in_chunks, reads_in_chunks
 from .modules import BigModule, big_modules
 
@@ -31,21 +34,26 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServedPipeline:
-    """A loaded pipeline whose networks are suspension points, and its card."""
+    """A loaded pipeline whose networks are suspension points, what else its components can be, and its card."""
 
     pipeline: DiffusionPipeline
+    by_use: Mapping[Use, DiffusionPipeline]
     modules: Mapping[str, BigModule]
     card: ModelCard
     device: torch.device
     runs_alone: bool  # its code changes the shared denoiser, so jobs run one by one
 
-    def for_job(self) -> DiffusionPipeline:
-        """Return a pipeline of the same networks with its own fields, solvers and guiders.
+    def route(self, request: GenerateRequest) -> Route:
+        """Return how the request is served. Raises RequestError where the model cannot."""
+        return route(request, frozenset(self.by_use), knows_latents(self.pipeline))
+
+    def for_job(self, request: GenerateRequest) -> DiffusionPipeline:
+        """Return the pipeline that serves the request: the same networks, with fields, solvers and guiders of its own.
 
         Solvers count their own calls and guiders keep the halves of a step, so two jobs may share neither.
         """
-        own = copy.copy(self.pipeline)
-        for name, component in self.pipeline.components.items():
+        own = copy.copy(self.by_use[self.route(request).use])
+        for name, component in own.components.items():
             if isinstance(component, SchedulerMixin):
                 setattr(own, name, type(component).from_config(component.config))
             elif isinstance(component, BaseGuidance):
@@ -92,9 +100,11 @@ def prepare(
     The pipeline is changed and must not be used by itself afterwards.
     """
     pipeline = pipeline.to(device)
+    by_use = pipelines_by_use(pipeline)
     card = derive_card(
         checkpoint,
         pipeline,
+        uses=frozenset(by_use),
         served_name=config.served_model_name,
         device=device,
         device_name=device_name(device),
@@ -102,13 +112,11 @@ def prepare(
     if config.step_cache == "first-block":
         _enable_step_cache(pipeline, config.step_cache_threshold)
     modules = big_modules(pipeline)
-    pipeline.__class__ = _on_device(type(pipeline), device)
+    runs_alone = any(changes_its_denoiser(type(one)) for one in by_use.values())
+    for one in {id(one): one for one in by_use.values()}.values():
+        one.__class__ = _on_device(type(one), device)
     return ServedPipeline(
-        pipeline=pipeline,
-        modules=modules,
-        card=card,
-        device=device,
-        runs_alone=changes_its_denoiser(type(pipeline).__mro__[1]),
+        pipeline=pipeline, by_use=by_use, modules=modules, card=card, device=device, runs_alone=runs_alone
     )
 
 

@@ -7,34 +7,92 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SchedulerMixin
 
+from .latent_source import LatentSource
+
 
 class SolverWatch:
-    """Counts the steps of a pipeline's solver and takes its estimate of the result where one is wanted.
+    """Counts the steps of a pipeline's solver, takes its estimate of the result where one is wanted, and lets the run
+    begin at a given picture or clip, and keep what is outside a mask, where there is a `source`.
 
-    A watched run gives the same bits as an unwatched one.
+    Without a source a watched run gives the same bits as an unwatched one.
     """
 
     def __init__(self, pipeline: DiffusionPipeline, num_estimates: int = 0) -> None:
         self.steps_done = 0
         self.num_steps = 0
         self.estimate: torch.Tensor | None = None  # x0 at the last step for which one was wanted
+        self.source: LatentSource | None = None
         self._num_estimates = num_estimates
         self._wanted: frozenset[int] = frozenset()
+        self._index = 0  # of the next timestep
+        self._begin = 0
+        self._noise: torch.Tensor | None = None
+        self._answers: list[Any] = []  # of the denoiser in the first step, where that one is skipped
+        self._num_given = 0
         self._solver: SchedulerMixin | None = pipeline.components.get("scheduler")
         if self._solver is not None:
             self._real_step = self._solver.step
             self._solver.step = self._step  # on the job's own copy
 
     def _step(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.steps_done:
-            self.num_steps = _steps_of(self._solver)
-            self._wanted = spread(self.num_steps, self._num_estimates)
+        if self._index == 0:
+            given = dict(zip(("model_output", "timestep", "sample"), args, strict=False)) | kwargs
+            self._begin_run(given["timestep"], given["sample"])
+        self._index += 1
+        if self._index <= self._begin:
+            return self._skip(kwargs.get("return_dict", True))
         if self.steps_done + 1 in self._wanted:
             result, self.estimate = self._step_with_estimate(*args, **kwargs)
         else:
             result = self._real_step(*args, **kwargs)
         self.steps_done += 1
+        if self.source is not None and self.source.mask is not None:
+            return self._keep(result, kwargs.get("return_dict", True))
         return result
+
+    # --- a run from a source
+
+    def skipped_answer(self) -> tuple[bool, Any]:
+        """Return whether the pending denoiser call belongs to a skipped step, and what to answer it with.
+
+        What the denoiser says there is thrown away. The first step's calls are run all the same, to have answers of
+        the right form; later ones are given those.
+        """
+        if not 0 < self._index < self._begin:
+            return False, None
+        answer = self._answers[self._num_given % len(self._answers)]
+        self._num_given += 1
+        return True, answer
+
+    def note_answer(self, answer: Any) -> None:
+        """Keep what the denoiser answered in a step that will be skipped."""
+        if self._index == 0 and self.source is not None and self.source.strength is not None:
+            self._answers.append(answer)
+
+    def _begin_run(self, timestep: Any, sample: torch.Tensor) -> None:
+        if self.source is not None:
+            self._begin = self.source.first_step(self._solver)
+            self._noise = sample / _initial_scale(self._solver)
+        self.num_steps = len(self._solver.timesteps) - _position(self._solver, timestep) - self._begin
+        self._wanted = spread(self.num_steps, self._num_estimates)
+
+    def _skip(self, as_dict: bool) -> Any:
+        """Answer a step before the first with the noise; the last of them with what the first one starts from."""
+        if self._index < self._begin:
+            return StepResult.of(self._noise, as_dict)
+        self._answers.clear()
+        self._solver.set_begin_index(self._begin)
+        self._solver._step_index = None  # else it goes on counting from the pipeline's own first timestep
+        return StepResult.of(self.source.noised(self._solver, self._begin, self._noise), as_dict)
+
+    def _keep(self, result: Any, as_dict: bool) -> Any:
+        source = self.source.noised(self._solver, self._index, self._noise)
+        kept = self.source.kept(result[0], source)
+        if self.estimate is not None:
+            self.estimate = self.source.kept(self.estimate, self.source.latents)
+        return StepResult.of(kept, as_dict)
+
+    # --- estimates
 
     def take_estimate(self) -> torch.Tensor | None:
         """Return the newest estimate that was not taken yet."""
@@ -55,10 +113,15 @@ def spread(num_steps: int, count: int) -> frozenset[int]:
     return frozenset(round(num_steps * (i + 1) / (count + 1)) for i in range(count)) - {0, num_steps}
 
 
-def _steps_of(solver: SchedulerMixin) -> int:
-    """Number of calls of `step` in a run: fewer than the timesteps where it begins in the middle (strength)."""
-    begin = solver.begin_index if isinstance(getattr(type(solver), "begin_index", None), property) else None
-    return len(solver.timesteps) - (begin or 0)
+def _position(solver: SchedulerMixin, timestep: Any) -> int:
+    """Index of the timestep that a run begins with: not the first where it begins in the middle (strength)."""
+    found = (solver.timesteps == timestep).nonzero()
+    return int(found[0]) if len(found) else 0
+
+
+def _initial_scale(solver: SchedulerMixin) -> Any:
+    """What pipelines multiply their first noise by: more than 1 in variance-exploding schedules."""
+    return 1.0 if callable(getattr(type(solver), "scale_noise", None)) else solver.init_noise_sigma
 
 
 def _estimate(
@@ -80,20 +143,19 @@ class EstimateSolver:
     """Makes a pipeline's solver answer every step with one given estimate, and nothing else."""
 
     def __init__(self, pipeline: DiffusionPipeline, estimate: torch.Tensor) -> None:
-        solver = pipeline.components["scheduler"]
         self._estimate = estimate
-        solver.step = self._step
+        pipeline.components["scheduler"].step = self._step
 
     def _step(self, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
-        # Pipelines read `.prev_sample` or the first entry; every solver's output has both.
-        return _Step(self._estimate) if return_dict else (self._estimate,)
+        return StepResult.of(self._estimate, return_dict)
 
 
-class _Step(tuple[torch.Tensor]):
-    """A solver's output of which only the next sample is known."""
+class StepResult(tuple[torch.Tensor]):
+    """A solver's output of which only the next sample is known. Pipelines read `.prev_sample` or the first entry."""
 
-    def __new__(cls, sample: torch.Tensor) -> _Step:
-        return super().__new__(cls, (sample,))
+    @classmethod
+    def of(cls, sample: torch.Tensor, as_dict: bool) -> StepResult | tuple[torch.Tensor]:
+        return cls((sample,)) if as_dict else (sample,)
 
     @property
     def prev_sample(self) -> torch.Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -244,21 +244,28 @@ class Worker:
 
     def _same_call_for_two(self, job: Job, call: Call) -> Call | None:
         """Run the job's own code with two prompts up to the same module's first call, whose forward is not run."""
-        pipeline = self.served.for_job()
-        fiber = Fiber(lambda: pipeline(**for_two_prompts(job.arguments)))
+        for arguments in for_two_prompts(job.arguments):
+            try:
+                return self._first_like(call, job, arguments)
+            except Exception as error:
+                lost = device_error(error, self.served.device)
+                if isinstance(lost, DeviceLost):
+                    raise lost from error
+                logger.info("%s does not take two prompts: %s", type(job.pipeline).__name__, error)
+        return None
+
+    def _first_like(self, call: Call, job: Job, arguments: Mapping[str, Any]) -> Call | None:
+        """Run the job's pipeline with other arguments to its first denoiser call; None where another comes first."""
+        pipeline = self.served.for_job(job.request)
+        fiber = Fiber(lambda: pipeline(**arguments))
+        outcome = fiber.resume()
         try:
-            outcome = fiber.resume()
             while isinstance(outcome, Call):
                 if outcome.module is call.module and outcome.method == call.method:
                     return outcome
                 if outcome.module.is_denoiser:
                     return None
                 outcome = fiber.resume(outcome.module.run(outcome, f"{job.job_id}/probe"))
-        except Exception as error:
-            lost = device_error(error, self.served.device)
-            if isinstance(lost, DeviceLost):
-                raise lost from error
-            logger.info("%s does not take two prompts: %s", type(self.served.pipeline).__name__, error)
         finally:
             fiber.close()
         return None
@@ -266,6 +273,8 @@ class Worker:
     # --- memory of answers
 
     def _from_memory(self, job: Job, call: Call) -> tuple[bool, Any]:
+        if call.module.is_denoiser:
+            return job.watch.skipped_answer()
         if call.module.phase(call.method) != "encode":
             return False, None
         key = self.prompt_cache.key(call)
@@ -276,6 +285,8 @@ class Worker:
 
     def _noted(self, job: Job, call: Call, answer: Any) -> Any:
         """Note an answer where it may be wanted again, and return it as the fiber is to have it."""
+        if call.module.is_denoiser:
+            job.watch.note_answer(answer)
         if call.module.phase(call.method) == "encode":
             key = self.prompt_cache.key(call)
             if key is not None:
