@@ -82,6 +82,7 @@ class ServeConfig:
     max_queue: int = setting(1000, "jobs waiting or running, at most; beyond it 429")
     max_pixels: int = setting(4096 * 4096, "width times height of a picture, at most")
     max_video_pixels: int = setting(1920 * 1088, "width times height of a clip, at most")
+    max_frames: int = setting(1025, "frames of a clip, at most; a model may have a lower bound")
     max_steps: int = setting(200, "denoising steps, at most")
     max_upload_mb: int = setting(50, "size of one upload, MB")
     request_timeout_s: float = setting(3600.0, "seconds a job may take from acceptance to pixels")
@@ -101,7 +102,15 @@ class ServeConfig:
     log_level: LogLevel = setting("info", "debug, info, warning or error")
 
     def __post_init__(self) -> None:
-        for name in ("max_batch_size", "max_live_jobs", "max_queue", "max_steps", "max_upload_mb", "max_pixels"):
+        for name in (
+            "max_batch_size",
+            "max_live_jobs",
+            "max_queue",
+            "max_steps",
+            "max_upload_mb",
+            "max_pixels",
+            "max_frames",
+        ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1.")
         if not 0 <= self.port <= 65535:

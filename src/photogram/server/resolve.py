@@ -20,8 +20,11 @@ from ..core.request import GenerateRequest, ImageFormat, JSONValue, OutputSpec, 
 from ..jobs.record import new_id
 from ..media.image_file import check_side
 from ..media.quality import resolve_quality
+from .beginnings import Beginning, clip_task
+from .clip_schemas import clip_fields
 from .edits import Inputs, edit_task, like
 from .fields import MAX_INT, Field, Values, coerce, read, shown
+from .lengths import Length, clip_length
 from .schemas import ECHOED_QUALITIES, MEANINGLESS_FIELDS, image_fields
 from .sizes import Size, asked_size, check_size, drawn_size
 
@@ -29,6 +32,8 @@ ResponseFormat = Literal["b64_json", "url"]
 _FORMATS: dict[str, ImageFormat] = {"png": "png", "jpeg": "jpeg", "jpg": "jpeg", "webp": "webp"}
 # Below 2**32, so that a drawn seed survives every client's JSON and can be typed.
 _DRAWN_SEEDS = 2**32
+REDRAW_STRENGTH = 0.7
+"""Of a remix or an edit that names none: enough for the prompt to show, and the clip's composition stays."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +70,18 @@ class ImagesCall:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ClipCall:
+    """One request for a clip, resolved. `remixed_from` is the id of the clip of this server's that it begins with."""
+
+    drawing: Drawing
+    model: str
+    length: Length
+    remixed_from: str | None
+    ignored: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Resolver:
     """Resolves the requests of one server. `new_id` and `draw_seed` are the only things left to chance."""
 
@@ -87,10 +104,7 @@ class Resolver:
         else:
             task = edit_task(card, len(inputs.paths))
             ignored += inputs.ignored
-        prompt = values.text("prompt")
-        if not prompt:
-            message = "Missing required parameter: 'prompt'." if prompt is None else "'prompt' must not be empty."
-            raise RequestError(message, param="prompt", code="missing_required_parameter")
+        prompt = _prompt(values)
         size = self._size(values, card, inputs)
         drawn = drawn_size(size, card)
         stream = values.flag("stream")
@@ -107,6 +121,9 @@ class Resolver:
             negative_prompt=negative_prompt,
             width=drawn.width,
             height=drawn.height,
+            # A model of clips draws a picture as a clip of one frame.
+            num_frames=1 if card.media == "video" else None,
+            fps=card.default_fps if card.media == "video" else None,
             num_inference_steps=self._steps(values, card),
             guidance_scale=guidance_scale,
             seed=0,
@@ -138,6 +155,86 @@ class Resolver:
             warnings=warnings,
             is_edit=inputs is not None,
         )
+
+    def clip(
+        self, body: Mapping[str, JSONValue], card: ModelCard, owner: str, beginning: Beginning | None = None
+    ) -> ClipCall:
+        """Return what `POST /v1/videos` asks for, or a remix, edit or extension of the clip in `beginning`.
+
+        Raises as `images`.
+        """
+        values = read(body, clip_fields(self.config.max_steps))
+        start = None if beginning is None else beginning.start
+        param = "input_reference" if beginning is None else beginning.param
+        task = clip_task(card, start, param, values.text("task_type"))
+        model = self._model(values.text("model"), card)
+        prompt = _prompt(values)
+        ignored: list[str] = []
+        length = clip_length(values, card, beginning, self.config.max_frames)
+        size, warnings = self._clip_size(values, card, beginning)
+        drawn = drawn_size(size, card)
+        extra = self._extra(body, values, card, ignored)
+        negative_prompt, guidance_scale = _conditioning(values, card, extra, ignored)
+        strength = values.float("strength")
+        if start != "redraw" and strength is not None:
+            ignored.append("strength")
+        seed = values.int("seed")
+        request = GenerateRequest(
+            job_id=self.new_id("video"),
+            owner=owner,
+            task=task,
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            width=drawn.width,
+            height=drawn.height,
+            num_frames=length.drawn,
+            fps=length.fps,
+            num_inference_steps=self._steps(values, card),
+            guidance_scale=guidance_scale,
+            seed=self.draw_seed() if seed is None else seed,
+            images=(str(beginning.picture),) if beginning is not None and start != "redraw" else (),
+            video=str(beginning.clip) if beginning is not None and start == "redraw" else None,
+            strength=(REDRAW_STRENGTH if strength is None else strength) if start == "redraw" else None,
+            extra=extra,
+            partial_images=values.int("partial_images") or 0,
+            deterministic=values.flag("deterministic") or self.config.deterministic,
+            priority=values.int("priority") or 0,
+            timeout_s=self.config.request_timeout_s,
+        )
+        output = OutputSpec(
+            width=size.width,
+            height=size.height,
+            format="mp4",
+            compression=resolve_quality(values.text("output_quality"), values.int("output_compression"), "video"),
+            fps=length.fps,
+            continues=str(beginning.clip) if beginning is not None and start == "extend" else None,
+        )
+        return ClipCall(
+            drawing=Drawing(request=request, output=output),
+            model=model,
+            length=length,
+            remixed_from=None if beginning is None else beginning.video_id,
+            ignored=tuple(ignored),
+            warnings=warnings,
+        )
+
+    def _clip_size(self, values: Values, card: ModelCard, beginning: Beginning | None) -> tuple[Size, tuple[str, ...]]:
+        """Return the file's size, and what is to be said of it."""
+        asked = asked_size(values.text("size"), values.int("width"), values.int("height"))
+        size = asked or Size(card.default_width, card.default_height)
+        if beginning is not None and beginning.start == "extend":
+            if asked not in (None, beginning.size):
+                raise RequestError(f"size '{asked}': an extension has its clip's, {beginning.size}.", param="size")
+            size = beginning.size
+        elif beginning is not None and asked is None:
+            own = beginning.video_id is not None
+            size = beginning.size if own else asked_size(like(beginning.size, card), None, None) or size
+        even = Size(size.width + size.width % 2, size.height + size.height % 2)
+        limit = self.config.max_video_pixels
+        check_size(even, min_side=card.min_side, max_pixels=limit, limit_flag="--max-video-pixels")
+        check_side("mp4", even.width, even.height)
+        warned = (f"The sides of a clip are even: it has {even} for {size}.",) if even != size else ()
+        return even, warned
 
     def _model(self, asked: str | None, card: ModelCard) -> str:
         if self.config.strict_model and asked and asked not in (card.name, card.model_path):
@@ -185,6 +282,14 @@ class Resolver:
         )
 
 
+def _prompt(values: Values) -> str:
+    prompt = values.text("prompt")
+    if not prompt:
+        message = "Missing required parameter: 'prompt'." if prompt is None else "'prompt' must not be empty."
+        raise RequestError(message, param="prompt", code="missing_required_parameter")
+    return prompt
+
+
 def text_to_image_task(card: ModelCard, asked: str | None) -> Task:
     """Return the card's task that makes a picture from a prompt alone.
 
@@ -195,12 +300,12 @@ def text_to_image_task(card: ModelCard, asked: str | None) -> Task:
         raise RequestError(
             f"task_type {shown(asked)}: model '{card.name}' does {allowed}.", param="task_type", code="unsupported_task"
         )
-    tasks: tuple[Task, ...] = ("T2I", "TI2I")
+    tasks: tuple[Task, ...] = ("T2I", "TI2I") if card.media == "image" else ("T2V", "TI2V")
     for task in tasks:
         if task in card.tasks and (asked is None or asked.upper() == task):
             return task
     if card.media == "video":
-        message = f"Model '{card.name}' makes videos; send the request to /v1/videos."
+        message = f"Model '{card.name}' makes clips from an input picture; send the request to /v1/videos."
     elif asked is None:
         message = f"Model '{card.name}' needs an input image; send the request to /v1/images/edits."
     else:
