@@ -131,18 +131,18 @@ REFUSED = {
     "a placeholder alone": ({"data": {"prompt": "x", "url": "image_url.jpg"}}, "url", "invalid_image_url"),
     "text": ({"data": {"prompt": "x"}, "files": {"image": ("a.png", b"hello")}}, "image", "invalid_image"),
     "svg": ({"data": {"prompt": "x"}, "files": {"image": ("a.svg", b"<svg/>")}}, "image", "invalid_image"),
-    "another server's": ({"json": {"prompt": "x", "url": "http://127.0.0.1/a.png"}}, "url", "unsupported_image_url"),
+    "a server inside": ({"json": {"prompt": "x", "url": "http://127.0.0.1/a.png"}}, "url", "url_not_allowed"),
     "a file path": ({"json": {"prompt": "x", "image": "/etc/passwd"}}, "image", "invalid_image_url"),
     "a broken data URL": (
         {"json": {"prompt": "x", "image": "data:image/png;base64,@@@"}},
         "image",
         "invalid_base64_image",
     ),
-    "a file id": ({"json": {"prompt": "x", "images": [{"file_id": "file-1"}]}}, "images", "invalid_value"),
+    "a file id": ({"json": {"prompt": "x", "images": [{"file_id": "file-1"}]}}, "images", "file_not_found"),
     "an unknown picture": (
         {"json": {"prompt": "x", "url": f"/v1/images/img_{'0' * 32}/content"}},
-        "image_id",
-        "image_not_found",
+        "url",
+        "content_not_found",
     ),
 }
 

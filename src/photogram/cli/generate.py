@@ -22,10 +22,11 @@ from ..core.request import JSONValue
 from ..engine import Engine
 from ..engine.frames_folder import frames_folder
 from ..engine.worker_engine import WorkerEngine
+from ..media.decoder_pool import DecoderPool
 from ..media.pool import MediaPool
 from ..media.provenance import describe
-from ..server.edits import from_files
 from ..server.fields import read
+from ..server.inputs import Inputs, from_files
 from ..server.resolve import Drawing, ImagesCall, Resolver
 from ..server.schemas import image_fields
 from ..server.sizes import asked_size
@@ -119,7 +120,7 @@ async def _run(config: ServeConfig, body: dict[str, JSONValue], images: Sequence
     assert task is not None
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     with frames_folder() as frames_dir:
-        inputs = from_files(images, root=frames_dir, max_pixels=config.max_pixels) if images else None
+        inputs = await _inputs(config, images, frames_dir) if images else None
         engine, pool = WorkerEngine(config, frames_dir), MediaPool(frames_dir)
         try:
             with console.status(f"loading {config.model_path}"):
@@ -134,6 +135,14 @@ async def _run(config: ServeConfig, body: dict[str, JSONValue], images: Sequence
         finally:
             await engine.stop(GRACE_S)
             pool.close()
+
+
+async def _inputs(config: ServeConfig, images: Sequence[str], folder: Path) -> Inputs:
+    decoders = DecoderPool(max_pixels=config.max_pixels)
+    try:
+        return await from_files(images, root=folder, decoders=decoders)
+    finally:
+        await decoders.close()
 
 
 async def _draw(

@@ -15,6 +15,7 @@ from ..jobs.store import JobStore
 from ..storage import Storage
 from .auth import Keys
 from .border import Border
+from .inputs import Intake
 from .openapi import describe_api
 from .problems import on_error
 from .resolve import Resolver
@@ -26,14 +27,14 @@ from .service import Service
 
 
 def create_app(
-    config: ServeConfig, engine: Engine, service: Service, store: JobStore, storage: Storage, keys: Keys
+    config: ServeConfig, engine: Engine, service: Service, store: JobStore, storage: Storage, keys: Keys, intake: Intake
 ) -> Starlette:
     """Return the application over what it needs; building it starts nothing."""
     routes = [
         *page_routes(config, describe_api),
         *probe_routes(engine, lambda: service.is_draining),
         *model_routes(engine, config.model_path, int(time.time()), lambda: service.num_jobs),
-        *image_routes(config, service, store, storage, Resolver(config=config)),
+        *image_routes(config, service, store, storage, Resolver(config=config), intake),
     ]
     app = Starlette(
         routes=routes,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from typing import Literal
+import tempfile
+from typing import IO, Literal
 
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
@@ -12,6 +13,7 @@ from ..core.errors import NotFound, ServiceError
 from ..jobs.record import JobRecord
 from ..jobs.store import JobStore
 from ..storage import Storage
+from .forms import SPOOL_BYTES
 from .problems import answer
 
 _RANGE = re.compile(r"bytes\s*=\s*(\d{0,18})\s*-\s*(\d{0,18})\s*", re.ASCII | re.IGNORECASE)
@@ -50,12 +52,22 @@ async def finished_image(store: JobStore, image_id: str, owner: str, variant: in
     return record
 
 
-async def stored_bytes(record: JobRecord, storage: Storage) -> bytes:
-    """Return a completed job's whole file. Raises NotFound when it is gone."""
-    if record.file_key is None:
-        raise NotFound(f"'{record.job_id}' has no file.", code="file_not_found")
-    size = await storage.size(record.file_key)
-    return b"".join([chunk async for chunk in storage.read(record.file_key, 0, size)])
+async def open_content(store: JobStore, storage: Storage, content_id: str, owner: str) -> IO[bytes]:
+    """Open a copy of a finished picture or clip of this owner; the caller closes it. Raises NotFound."""
+    try:
+        record = await store.get(content_id)
+    except NotFound:
+        record = None
+    if record is None or record.owner != owner or record.state != "completed" or record.file_key is None:
+        raise NotFound(f"no finished picture or clip {content_id[:100]!r}.", code="content_not_found")
+    copy = tempfile.SpooledTemporaryFile(max_size=SPOOL_BYTES)  # noqa: SIM115 - the caller's
+    try:
+        async for chunk in storage.read(record.file_key):
+            copy.write(chunk)
+    except BaseException:
+        copy.close()
+        raise
+    return copy
 
 
 async def file_answer(request: Request, record: JobRecord, storage: Storage) -> Response:

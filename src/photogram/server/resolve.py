@@ -22,8 +22,9 @@ from ..media.image_file import check_side
 from ..media.quality import resolve_quality
 from .beginnings import Beginning, clip_task
 from .clip_schemas import clip_fields
-from .edits import Inputs, edit_task, like
+from .edits import edit_task, like
 from .fields import MAX_INT, Field, Values, coerce, read, shown
+from .inputs import Inputs
 from .lengths import Length, clip_length
 from .schemas import ECHOED_QUALITIES, MEANINGLESS_FIELDS, image_fields
 from .sizes import Size, asked_size, check_size, drawn_size

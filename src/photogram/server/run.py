@@ -12,16 +12,17 @@ import shutil
 import socket
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ..core.card import ModelCard
 from ..core.config import ServeConfig, parse_keep
-from ..core.errors import ConfigError, EngineLost, StorageFailed
+from ..core.errors import ConfigError, EngineLost, NotFound, StorageFailed
 from ..engine import Engine
 from .answers import json_answer
 from .problems import answer
@@ -182,16 +183,21 @@ class _Data:
     def __init__(self, config: ServeConfig) -> None:
         from ..engine.frames_folder import frames_folder
         from ..jobs.store import open_store
+        from ..media.decoder_pool import DecoderPool
         from ..media.pool import MediaPool
+        from ..net.client import Outbound
         from ..storage.local import LocalStorage
-        from .edits import INPUTS
+        from .inputs import INPUTS
 
+        self.outbound = Outbound(config.allow_url_host)
         self._inputs = config.data_path / INPUTS
         self.store = open_store(config.data_path)
         self.storage = LocalStorage(config.data_path / "files")
         self._folder = ExitStack()
         self.frames_dir = self._folder.enter_context(frames_folder())
         self.media = MediaPool(self.frames_dir)
+        self.decoders = DecoderPool(max_pixels=config.max_pixels)
+        self.decoders.start()
 
     async def recover(self) -> None:
         """Fail what an earlier server left unfinished: its clients are gone."""
@@ -210,6 +216,8 @@ class _Data:
 
     async def close(self) -> None:
         await asyncio.to_thread(self.media.close)
+        await self.decoders.close()
+        await self.outbound.close()
         await self.storage.close()
         await self.store.close()
         await asyncio.to_thread(self._folder.close)
@@ -218,13 +226,28 @@ class _Data:
 def _wire(config: ServeConfig, data: _Data, make_engine: EngineFactory) -> _Host:
     from .app import create_app
     from .auth import Keys, read_keys
+    from .files import open_content
+    from .inputs import INPUTS, Intake
     from .service import Service
 
     engine = make_engine(config, data.frames_dir)
     service = Service(config, engine, data.store, data.storage, data.media)
     keys = Keys(read_keys(config), config.admin_api_key)
-    app = create_app(config, engine, service, data.store, data.storage, keys)
+    intake = Intake(
+        config.data_path / INPUTS,
+        data.decoders,
+        data.outbound if config.fetch_urls else None,
+        max_bytes=config.max_upload_mb * 1_000_000,
+        open_content=partial(open_content, data.store, data.storage),
+        open_file=_no_files,
+        public_url=config.public_url,
+    )
+    app = create_app(config, engine, service, data.store, data.storage, keys, intake)
     return _Host(config, data, engine, service, app)
+
+
+async def _no_files(file_id: str, owner: str) -> IO[bytes]:
+    raise NotFound(f"no file {file_id[:100]!r}.", code="file_not_found")
 
 
 async def _until_started(server: _Server, listening: asyncio.Task[None]) -> None:

@@ -12,16 +12,17 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from ...core.config import ServeConfig
+from ...core.errors import RequestError
 from ...jobs.store import JobStore
 from ...storage import Storage
 from ..answers import header_text
 from ..body import read_body
 from ..border import owner_of
-from ..edits import INPUTS, gather
 from ..events import EventStream, event, unless_gone
 from ..fields import Field, coerce
-from ..files import file_answer, finished_image, stored_bytes
+from ..files import file_answer, finished_image
 from ..forms import BodyLimits
+from ..inputs import Intake
 from ..resolve import ImagesCall, Resolver
 from ..schemas import (
     MAX_IMAGES,
@@ -42,7 +43,7 @@ _CLIENT_GONE = 499
 
 
 def image_routes(
-    config: ServeConfig, service: Service, store: JobStore, storage: Storage, resolver: Resolver
+    config: ServeConfig, service: Service, store: JobStore, storage: Storage, resolver: Resolver, intake: Intake
 ) -> list[Route]:
     limits = BodyLimits(upload_bytes=config.max_upload_mb * 1_000_000)
 
@@ -60,16 +61,16 @@ def image_routes(
         card = service.card()
         owner = owner_of(request)
 
-        async def find_image(image_id: str) -> bytes:
-            record = await finished_image(store, image_id, owner, None)
-            return await stored_bytes(record, storage)
-
         with await read_body(request, limits) as body:
             if "model" in request.path_params:
                 body.fields.setdefault("model", request.path_params["model"])
-            inputs = await gather(
-                body, root=config.data_path / INPUTS, max_pixels=config.max_pixels, find_image=find_image
-            )
+            inputs = await intake.pictures(body, owner, request.headers.get("host", ""))
+            if inputs is None:
+                raise RequestError(
+                    "Missing required parameter: 'image': the picture to change.",
+                    param="image",
+                    code="missing_required_parameter",
+                )
             try:
                 call = resolver.images(body.fields, card, owner, inputs)
                 group = await service.begin(call)

@@ -1,0 +1,220 @@
+"""Input pictures over HTTP: every way to name one, whose they are, and what they cost when they are refused."""
+
+import base64
+import io
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+from PIL import Image
+
+from net.web import Web, endless, lead_to, say
+
+from .conftest import wait_until
+
+EDITS = "/v1/images/edits"
+
+
+def png(colour="red", size=(64, 48)) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", size, colour).save(file, "PNG")
+    return file.getvalue()
+
+
+def data_url(data: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(data).decode()
+
+
+@pytest.fixture
+def pictures():
+    """A web server on loopback with a picture at /a.png."""
+    server = Web({"/a.png": say(png("lime"))})
+    yield server
+    server.close()
+
+
+def colours_of_inputs(server) -> list[tuple[int, ...]]:
+    """The colour of each input of the job that is running now; the job goes on and is waited for."""
+    wait_until(lambda: server.engine.num_running == 1)
+    (request,) = (server.engine.seen[job_id] for job_id in server.engine._jobs)
+    colours = [Image.open(path).getpixel((3, 3)) for path in request.images]
+    server.engine.released.set()
+    return colours
+
+
+def inputs_left(server) -> list[Path]:
+    folder = Path(server.config.data_dir) / "inputs"
+    return list(folder.iterdir()) if folder.exists() else []
+
+
+def edit_in_background(server, **parts):
+    server.engine.released.clear()
+    return ThreadPoolExecutor(1).submit(server.post, EDITS, **parts)
+
+
+def error_of(answer: httpx.Response) -> tuple[int, str | None, str]:
+    error = answer.json()["error"]
+    return answer.status_code, error["param"], error["code"]
+
+
+def test_pictures_of_every_kind_come_to_the_worker_in_order(deploy, pictures):
+    server = deploy(allow_url_host=(f"127.0.0.1:{pictures.port}",))
+    made = server.post(json={"prompt": "x", "size": "64x48", "seed": 1}).json()["data"][0]
+    body = {
+        "prompt": "hold",
+        "images": [
+            {"image_url": data_url(png("blue"))},
+            {"image_url": {"url": f"{pictures.url}/a.png"}},
+            f"/v1/images/{made['id']}/content",
+            f"{server.url}/v1/images/{made['id']}/content",
+        ],
+    }
+    answer = edit_in_background(server, json=body)
+    blue, lime, own, same = colours_of_inputs(server)
+    assert (blue, lime) == ((0, 0, 255), (0, 255, 0))
+    assert own == same
+    assert answer.result().status_code == 200
+    wait_until(lambda: inputs_left(server) == [])
+
+
+def test_forms_have_files_in_order_and_then_urls(deploy, pictures):
+    server = deploy(allow_url_host=(f"127.0.0.1:{pictures.port}",))
+    files = [("image[]", ("a.png", png("red"))), ("image[]", ("b.png", png("blue")))]
+    answer = edit_in_background(
+        server, data={"prompt": "hold", "url": f"{pictures.url}/a.png", "url[]": "image_url.jpg"}, files=files
+    )
+    assert colours_of_inputs(server) == [(255, 0, 0), (0, 0, 255), (0, 255, 0)]
+    assert answer.result().headers["x-photogram-ignored"] == "url"
+
+
+def test_a_public_url_is_recognised_as_this_servers_own(deploy):
+    server = deploy(public_url="https://pictures.example/")
+    made = server.post(json={"prompt": "x", "response_format": "url"}).json()["data"][0]
+    assert made["url"].startswith("https://pictures.example/")
+    assert server.post(EDITS, json={"prompt": "x", "image": made["url"]}).status_code == 200
+
+
+def test_pictures_of_another_key_are_not_found(deploy):
+    server = deploy(api_key=("sk-one", "sk-two"))
+    mine = {"headers": {"authorization": "Bearer sk-one"}}
+    made = server.post(json={"prompt": "x"}, **mine).json()["data"][0]
+    body = {"prompt": "x", "url": f"/v1/images/{made['id']}/content"}
+    assert server.post(EDITS, json=body, **mine).status_code == 200
+    answer = server.post(EDITS, json=body, headers={"authorization": "Bearer sk-two"})
+    assert error_of(answer) == (404, "url", "content_not_found")
+
+
+REFUSED_URLS = {
+    "loopback": "http://127.0.0.1:{port}/a.png",
+    "its name": "http://localhost:{port}/a.png",
+    "IPv6": "http://[::1]:{port}/a.png",
+    "mapped": "http://[::ffff:127.0.0.1]:{port}/a.png",
+    "decimal": "http://2130706433:8080/a.png",
+    "octal": "http://0177.0.0.1/a.png",
+    "hexadecimal": "http://0x7f.1/a.png",
+    "metadata": "http://169.254.169.254/latest/meta-data/",
+    "private": "http://10.0.0.1/a.png",
+    "user name": "http://example.com@127.0.0.1/a.png",
+    "file": "file:///etc/passwd",
+}
+
+
+@pytest.mark.parametrize("case", REFUSED_URLS)
+def test_urls_to_the_inside_are_refused_before_any_work(server, pictures, case):
+    url = REFUSED_URLS[case].format(port=pictures.port)
+    status, param, code = error_of(server.post(EDITS, json={"prompt": "x", "url": url}))
+    assert (status, param) == (400, "url")
+    assert code in ("url_not_allowed", "invalid_image_url")
+    assert pictures.seen == []
+    assert inputs_left(server) == []
+
+
+def test_redirects_endless_bodies_and_other_files_are_refused(deploy, pictures):
+    pictures.pages |= {
+        "/inside": lead_to("http://169.254.169.254/"),
+        "/endless": endless,
+        "/page": say(b"<html>no picture</html>", content_type="image/png"),
+    }
+    server = deploy(allow_url_host=(f"127.0.0.1:{pictures.port}",), max_upload_mb=1)
+    codes = [
+        error_of(server.post(EDITS, json={"prompt": "x", "url": pictures.url + path}))
+        for path in ("/inside", "/endless", "/page", "/nothing")
+    ]
+    assert codes == [
+        (400, "url", "url_not_allowed"),
+        (413, "url", "request_too_large"),
+        (400, "url", "invalid_image"),
+        (400, "url", "url_fetch_failed"),
+    ]
+    assert inputs_left(server) == []
+
+
+def test_fetching_can_be_turned_off(deploy, pictures):
+    server = deploy(allow_url_host=(f"127.0.0.1:{pictures.port}",), fetch_urls=False)
+    answer = server.post(EDITS, json={"prompt": "x", "url": f"{pictures.url}/a.png"})
+    assert error_of(answer) == (400, "url", "unsupported_image_url")
+    assert pictures.seen == []
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "code"),
+    [
+        ({}, "image", "missing_required_parameter"),
+        ({"image": "/etc/passwd"}, "image", "invalid_image_url"),
+        ({"image": "../../etc/passwd"}, "image", "invalid_image_url"),
+        ({"image": "\0.png"}, "image", "invalid_image_url"),
+        ({"image": 7}, "image", "invalid_type"),
+        ({"images": [{}]}, "images", "invalid_value"),
+        ({"images": [{"image_url": "data:,x", "file_id": "file-1"}]}, "images", "invalid_value"),
+        ({"images": [{"file_id": 3}]}, "images", "invalid_type"),
+        ({"images": [{"file_id": "../../x"}]}, "images", "file_not_found"),
+        ({"images": [{"image_url": ["x"]}]}, "images", "invalid_type"),
+        ({"image": "data:image/png;base64,@@"}, "image", "invalid_base64_image"),
+        ({"image": "data:nothing"}, "image", "invalid_base64_image"),
+        ({"image": "data:,plain%20text"}, "image", "invalid_image"),
+        ({"image": "/v1/images/img_" + "0" * 32 + "/content"}, "image", "content_not_found"),
+        ({"image": "/v1/images/../../etc/passwd/content"}, "image", "invalid_image_url"),
+        ({"image": [data_url(png())] * 17}, "image", "invalid_value"),
+        ({"image": data_url(png()), "mask": "no picture"}, "mask", "invalid_image_url"),
+        ({"image": data_url(png()), "mask": data_url(png())}, "mask", "invalid_value"),
+        ({"image": data_url(png(size=(4, 4)))}, "image", "image_too_small"),
+    ],
+)  # fmt: skip
+def test_what_means_no_picture_is_refused_by_name(server, body, param, code):
+    status, named, told = error_of(server.post(EDITS, json={"prompt": "x", **body}))
+    assert status in (400, 404)
+    assert (named, told) == (param, code)
+    assert inputs_left(server) == []
+
+
+def test_names_of_files_are_never_paths(server):
+    names = [
+        "../../../evil.png",
+        "/etc/cron.d/evil",
+        "..\\..\\evil.png",
+        "evil\0.png",
+        "a" * 500,
+        "",
+        "CON",
+        ".",
+        "%2e%2e%2f",
+    ]
+    root = Path(server.config.data_dir).parent
+    for name in names:
+        parts = {"data": {"prompt": "x"}, "files": {"image": (name, png())}}
+        assert server.post(EDITS, **parts).status_code == 200
+    assert list(root.rglob("*evil*")) == []
+    assert not os.path.exists("/etc/cron.d/evil")
+
+
+def test_uploads_that_are_refused_leave_no_descriptor_open(server):
+    def post(data: bytes) -> int:
+        return server.post(EDITS, data={"prompt": "x"}, files={"image": ("a.png", data)}).status_code
+
+    post(b"x" * 2_000_000)
+    before = psutil.Process().num_fds()
+    assert {post(b"x" * 2_000_000) for _ in range(20)} == {400}
+    wait_until(lambda: psutil.Process().num_fds() <= before + 2)
