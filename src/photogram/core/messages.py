@@ -25,6 +25,17 @@ class FrameBlock(msgspec.Struct, frozen=True):
     shape: tuple[int, int, int, int]
 
 
+class SoundBlock(msgspec.Struct, frozen=True):
+    """32-bit float samples from -1 to 1 in a shared-memory file: shape (samples, channels), C order; `rate` a second.
+
+    The receiver unlinks it.
+    """
+
+    path: str
+    shape: tuple[int, int]
+    rate: int
+
+
 # --- received by the worker ---------------------------------------------------------------------------------------
 
 
@@ -115,7 +126,8 @@ class Preview(msgspec.Struct, frozen=True, tag="preview"):
 
 
 class Finished(msgspec.Struct, frozen=True, tag="finished"):
-    """The job's pixels. `warnings` are sentences for the client (a prompt longer than the encoder reads)."""
+    """The job's pixels, and the sound of a clip that has one. `warnings` are sentences for the client (a prompt longer
+    than the encoder reads)."""
 
     job_id: str
     frames: FrameBlock
@@ -123,6 +135,12 @@ class Finished(msgspec.Struct, frozen=True, tag="finished"):
     image_tokens: int
     run_s: float
     warnings: tuple[str, ...] = ()
+    sound: SoundBlock | None = None
+
+    @property
+    def blocks(self) -> tuple[FrameBlock | SoundBlock, ...]:
+        """All that lies in shared memory."""
+        return (self.frames,) if self.sound is None else (self.frames, self.sound)
 
 
 class Failed(msgspec.Struct, frozen=True, tag="failed"):

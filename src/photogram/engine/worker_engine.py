@@ -339,7 +339,8 @@ class WorkerEngine:
         if job is not None:
             job.listener(event)
         elif isinstance(event, Finished):
-            Path(event.frames.path).unlink(missing_ok=True)
+            for block in event.blocks:
+                Path(block.path).unlink(missing_ok=True)
 
     def _set_status(self, state: str, detail: str) -> None:
         self._status = EngineStatus(state=state, detail=detail, num_restarts=self._num_restarts)  # type: ignore[arg-type]

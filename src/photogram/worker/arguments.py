@@ -92,6 +92,21 @@ def for_two_prompts(arguments: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [form | {"generator": [torch.Generator("cpu").manual_seed(seed) for seed in (0, 1)]} for form in forms]
 
 
+def to_sound(pipeline: DiffusionPipeline, result: Any) -> tuple[np.ndarray, int] | None:
+    """Return the sound of a clip as float32 (samples, channels) and its samples a second; None where there is none.
+
+    Raises GenerationFailed for samples that are no numbers.
+    """
+    vocoder = pipeline.components.get("vocoder")
+    if vocoder is None or not isinstance(result, tuple) or len(result) < 2 or result[1] is None:
+        return None
+    waves = result[1].float()
+    waves = waves[0] if waves.dim() == 3 else waves  # (B, channels, samples)
+    if not torch.isfinite(waves).all():
+        raise GenerationFailed("The model's sound is not a number (NaN or infinite); try fp32 or other settings.")
+    return waves.clamp(-1, 1).T.contiguous().cpu().numpy(), vocoder.config.output_sampling_rate
+
+
 def to_frames(result: Any) -> np.ndarray:
     """Return a pipeline's result as uint8 RGB (F, H, W, C); an image is one frame.
 

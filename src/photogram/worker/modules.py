@@ -49,7 +49,8 @@ class BigModule:
     def phase(self, method: str) -> CallPhase:
         if self.is_denoiser:
             return "denoise"
-        return "decode" if method == "decode" else "encode"
+        # A vocoder makes sound of what the decoder of sound gives; its own method is `forward`.
+        return "decode" if method == "decode" or self.name == "vocoder" else "encode"
 
     def run(self, call: Call, context_owner: str) -> Any:
         """Run the real method, under the autocast and step-cache context that the pipeline had around its call.

@@ -45,7 +45,8 @@ def warm_up(worker: Worker) -> None:
         run_until_idle(worker)
     for message in messages:
         if isinstance(message, Finished):
-            Path(message.frames.path).unlink()
+            for block in message.blocks:
+                Path(block.path).unlink()
             logger.info("warm after %.2f s", message.run_s)
         elif isinstance(message, Failed):
             if worker.caches_steps and message.code != OutOfMemory.code:

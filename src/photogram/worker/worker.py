@@ -25,7 +25,7 @@ from ..core.messages import (
 )
 from ..core.request import GenerateRequest
 from ..scheduler import JobTicket, PendingCall, Run, Scheduler, SchedulerConfig, Start
-from .arguments import for_two_prompts, to_frames
+from .arguments import for_two_prompts, to_frames, to_sound
 from .fibers import Call, Fiber, Returned
 from .frame_store import FrameStore
 from .job import Job, replay
@@ -346,6 +346,8 @@ class Worker:
     def _finish(self, job: Job, result: Any) -> None:
         try:
             block = self._frames.put(to_frames(result))
+            heard = to_sound(job.pipeline, result)
+            sound = None if heard is None else self._frames.put_sound(*heard)
         except Exception as error:
             self._fail(job, device_error(error, self.served.device))
             return
@@ -370,6 +372,7 @@ class Worker:
                 image_tokens=self._image_tokens(job.request),
                 run_s=run_s,
                 warnings=tuple(warnings),
+                sound=sound,
             )
         )
 
