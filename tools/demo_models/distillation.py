@@ -4,104 +4,57 @@ The student learns, at every time, the teacher's average guided velocity over a 
 its steps follow the teacher's path; more steps follow it a little ahead, which does no harm.
 """
 
+import copy
+
 import torch
 import torch.nn.functional as F
 
-from .image_trainer import SHIFT, ImageTrainer, Layout, drop_text, shifted
+from .image_layouts import Layout
+from .image_model import Denoiser, TextFeatures
+from .image_trainer import SHIFT, ImageTrainer, compile_blocks, drop_text, shifted, velocity
 from .optimizer import WeightAverage
-from .score import benchmark, score_pixels, summary
 
 NUM_STEPS = 4
-_TOKENS_PER_STEP = 90_000
-_GUIDANCE_TRIED = (1.5, 2.0, 3.0, 4.0)
-
-
-def encode_texts(trainer: ImageTrainer, tokenizer: object, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Padded ids and lengths of prompts, as the pipeline would make them."""
-    from tokenizers import Tokenizer
-
-    from .feed import MAX_TOKENS
-    from .image_tokenizer import END_ID
-
-    assert isinstance(tokenizer, Tokenizer)
-    ids = torch.zeros(len(texts), MAX_TOKENS, dtype=torch.long)
-    lengths = torch.zeros(len(texts), dtype=torch.long)
-    for i, text in enumerate(texts):
-        row = [*tokenizer.encode(text, add_special_tokens=False).ids[: MAX_TOKENS - 1], END_ID]
-        ids[i, : len(row)], lengths[i] = torch.tensor(row), len(row)
-    return ids.to(trainer.run.device), lengths.to(trainer.run.device)
-
-
-def quick_score(
-    trainer: ImageTrainer, tokenizer: object, *, steps: int, guidance: float, num: int = 192, size: int = 16
-) -> dict[str, float]:
-    """Scores of text to image on the benchmark, drawn by the training code."""
-    if trainer.run.smoke:
-        num, size = 2, 8
-    specs = benchmark(num, seed=404)
-    ids, lengths = encode_texts(trainer, tokenizer, [spec.prompt for spec in specs])
-    verdicts = []
-    for i in range(0, num, 64):
-        part = slice(i, i + 64)
-        pixels = trainer.sample(ids[part], lengths[part], Layout((size, size)), steps=steps, guidance=guidance, seed=i)
-        verdicts += score_pixels(pixels, specs[part])
-    return summary(verdicts)
-
-
-def best_guidance(trainer: ImageTrainer, tokenizer: object) -> float:
-    """The guidance scale with the best score; the smaller of equals."""
-    best, best_score = 1.0, -1.0
-    for guidance in _GUIDANCE_TRIED[:2] if trainer.run.smoke else _GUIDANCE_TRIED:
-        scores = quick_score(trainer, tokenizer, steps=2 if trainer.run.smoke else 10, guidance=guidance)
-        trainer.run.log(f"guidance {guidance}: {scores}")
-        if scores["all"] > best_score + 0.004:
-            best, best_score = guidance, scores["all"]
-    return best
 
 
 class _Teacher:
-    """The trained model's weights, frozen, and its guided path; borrows the trainer's modules for each look."""
+    """The trained model as it was, and its guided path.
+
+    Its forward passes run with gradients on, and the results are detached: so the code compiled for training, which
+    is specialised on that, serves the teacher too.
+    """
 
     def __init__(self, trainer: ImageTrainer, guidance: float) -> None:
-        self._trainer, self._guidance = trainer, guidance
-        modules = (trainer.transformer, trainer.text_encoder)
-        self._parameters = list(dict.fromkeys(p for module in modules for p in module.parameters()))
-        self._weights = [p.detach().clone() for p in self._parameters]
+        self._guidance = guidance
+        self._denoiser = Denoiser(copy.deepcopy(trainer.transformer))
+        self._text = TextFeatures(copy.deepcopy(trainer.text_encoder))
+        if trainer.run.device.type == "cuda":
+            compile_blocks(self._denoiser, self._text)
 
-    def _exchange(self) -> None:
-        """Swap the modules' weights with the kept ones: compiled code serves teacher and student alike."""
-        for i, parameter in enumerate(self._parameters):
-            parameter.data, self._weights[i] = self._weights[i], parameter.data
+    def _velocity(
+        self, x: torch.Tensor, time_B: torch.Tensor, text_BSD: torch.Tensor, layout: Layout,
+        reference: torch.Tensor | None,
+    ) -> torch.Tensor:  # fmt: skip
+        return velocity(self._denoiser, x, time_B, text_BSD, layout, reference)[0].detach()
 
     def average_velocity(
-        self, x: torch.Tensor, u_B: torch.Tensor, batch: dict[str, torch.Tensor], layout: Layout
+        self, x: torch.Tensor, u_B: torch.Tensor, batch: dict[str, torch.Tensor], layout: Layout, substeps: int = 2
     ) -> torch.Tensor:
-        """Average velocity from position u to a quarter of the schedule later, by two Euler steps."""
-        self._exchange()
-        try:
-            return self._average_velocity(x, u_B, batch, layout, substeps=2)
-        finally:
-            self._exchange()
-
-    @torch.no_grad()
-    def _average_velocity(
-        self, x: torch.Tensor, u_B: torch.Tensor, batch: dict[str, torch.Tensor], layout: Layout, substeps: int
-    ) -> torch.Tensor:
-        model, guided = self._trainer, layout.reference is None and self._guidance != 1
-        reference = batch.get("reference")
-        text = model.text(batch["ids"], batch["lengths"])
+        """Average velocity from position u to a quarter of the schedule later, by Euler steps."""
+        guided, reference = layout.reference is None and self._guidance != 1, batch.get("reference")
+        text = self._text(batch["ids"], batch["lengths"])
         if guided:
-            text = torch.cat([text, model.text(*drop_text(batch["ids"], batch["lengths"], 1.0))])
+            text = torch.cat([text, self._text(*drop_text(batch["ids"], batch["lengths"], 1.0))])
         start = now = shifted(u_B)
         y = x
         for i in range(1, substeps + 1):
             after = shifted((u_B - i / (NUM_STEPS * substeps)).clamp_min(0))
             if guided:
-                v, _ = model.velocity(torch.cat([y, y]), torch.cat([now, now]), text, layout, None)
+                v = self._velocity(torch.cat([y, y]), torch.cat([now, now]), text, layout, None)
                 with_text, without = v.chunk(2)
                 v = without + self._guidance * (with_text - without)
             else:
-                v, _ = model.velocity(y, now, text, layout, reference)
+                v = self._velocity(y, now, text, layout, reference)
             y = y + (after - now).view(-1, 1, 1, 1) * v
             now = after
         return (x - y) / (start - now).clamp_min(1e-4).view(-1, 1, 1, 1)
@@ -119,7 +72,7 @@ def distil(trainer: ImageTrainer, guidance: float, until: float, peak_rate: floa
         if progress >= 1 or (run.smoke and step >= 2):
             break
         rate = peak_rate * min(1, (step + 1) / 50) * (1 if progress < 0.4 else max(0.02, (1 - progress) / 0.6))
-        layout, batch = trainer.draw(_TOKENS_PER_STEP // (2 if trainer.run.smoke else 1))
+        (layout, _), batch = trainer.draw()
         if step % 4 == 0:
             trainer.produce(layout)
         x = batch["x"]
@@ -129,11 +82,8 @@ def distil(trainer: ImageTrainer, guidance: float, until: float, peak_rate: floa
         time = shifted(u)
         t = time.view(-1, 1, 1, 1)
         noisy = (1 - t) * x + t * torch.randn_like(x)
-        # Two contexts: autocast remembers a parameter's cast by the parameter, and the teacher's look at the
-        # borrowed modules would be remembered for the student.
         with run.autocast():
             target = teacher.average_velocity(noisy, u, batch, layout)
-        with run.autocast():
             text = trainer.text(batch["ids"], batch["lengths"])
             v, _ = trainer.velocity(noisy, time, text, layout, batch.get("reference"))
         loss = F.mse_loss(v, target)
@@ -142,7 +92,8 @@ def distil(trainer: ImageTrainer, guidance: float, until: float, peak_rate: floa
         average.update(0.998 if progress > 0.4 else 0.99)
         recent.append(loss.detach())
         step, samples = step + 1, samples + B
-        if step in (1, 20) or step % 200 == 0:
-            run.log(f"step {step} samples {samples} loss {float(torch.stack(recent[-100:]).mean()):.4f}")
+        if step in (1, 20) or step % 100 == 0:
+            loss_now = float(torch.stack(recent[-100:]).mean())
+            run.log(f"step {step} samples {samples} loss {loss_now:.4f} {1000 * (run.elapsed - start) / step:.0f} ms")
     average.swap()
     run.log(f"distilled {step} steps, {samples} samples, guidance {guidance}, shift {SHIFT}")

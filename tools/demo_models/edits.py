@@ -20,7 +20,7 @@ from .scenes import (
 from .vocabulary import COLOURS, SHAPES, Zone
 
 EDIT_KINDS = ("recolour", "background", "move", "add", "remove", "resize", "reshape", "place")
-_WEIGHTS = (0.2, 0.13, 0.16, 0.16, 0.1, 0.09, 0.09, 0.07)
+_WEIGHTS = (0.19, 0.1, 0.17, 0.15, 0.07, 0.13, 0.12, 0.07)
 _CORNERS: dict[Zone, tuple[str, ...]] = {
     (1, 1): ("to the center", "to the middle"), (1, 0): ("to the top center",), (1, 2): ("to the bottom center",),
     (0, 1): ("to the left center",), (2, 1): ("to the right center",),

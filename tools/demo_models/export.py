@@ -6,11 +6,12 @@ from pathlib import Path
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline
+from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from .image_model import new_autoencoder, new_text_encoder, new_transformer
 from .image_trainer import SHIFT
-from .run import load_weights
+from .run import load_weights, save_tensors
 
 
 def export_image(folder: Path, target: Path, checkpoint: str = "image_distilled") -> None:
@@ -31,6 +32,17 @@ def export_image(folder: Path, target: Path, checkpoint: str = "image_distilled"
         shutil.rmtree(part)  # the model's card (photogram.json) is written by hand and stays
     pipeline.to(torch.bfloat16).save_pretrained(target)
     finish_folder(target)
+
+
+def import_image(source: Path, folder: Path) -> None:
+    """The way back: checkpoints to go on from, of a pipeline's folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = "diffusion_pytorch_model.safetensors"
+    transformer, vae = load_file(source / "transformer" / weights), load_file(source / "vae" / weights)
+    text_encoder = load_file(source / "text_encoder" / "model.safetensors")
+    save_tensors(folder / "image_base.safetensors", {"transformer": transformer, "text_encoder": text_encoder})
+    save_tensors(folder / "image_vae_start.safetensors", {"vae": vae})
+    shutil.copytree(source / "tokenizer", folder / "image_tokenizer", dirs_exist_ok=True)
 
 
 def finish_folder(target: Path) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 Batch = dict[str, np.ndarray]
-MAX_TOKENS = 128
+MAX_TOKENS = 64  # the longest captions have some sixty
 
 
 def _encode(tokenizer_file: str, end_id: int) -> Callable[[list[str]], tuple[np.ndarray, np.ndarray]]:

@@ -1,21 +1,47 @@
-"""Trains the image model's autoencoder; nothing else starts before it reaches its gate in decibels."""
+"""Trains the image model's autoencoder, or its decoder alone."""
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 
 import torch
 import torch.nn.functional as F
+from diffusers import AutoencoderKLFlux2
 
 from .feed import Feed, group
 from .image_model import decode_pictures, encode_pictures, new_autoencoder, pack_latents
 from .image_tokenizer import END_ID
 from .optimizer import Muon, WeightAverage
-from .render import Params, render
+from .recorded import Recorded
+from .render import Params, pack, render, to_device
 from .run import Run, load_weights, save_weights
+from .score import benchmark, ideal_scene, score_pixels, summary
 
 _LEARNING_RATE = 5e-3
 _KL_WEIGHT = 2e-4
-_STAGES = ((64, 128), (128, 56), (256, 18))  # picture size, batch
+
+
+@dataclass(frozen=True, slots=True)
+class _Stage:
+    """One kind of step: windows of `size` pixels from pictures drawn at `drawn`; `half` as in `_loss`."""
+
+    size: int
+    drawn: int
+    num_scenes: int
+    half: bool = False
+
+    @property
+    def num_windows(self) -> int:
+        return 4 if self.drawn > self.size else 1
+
+
+# Small things at few pixels are the hard part: half of the steps are at 128 pixels.
+_STAGES = {
+    _Stage(128, 128, 44): 0.36, _Stage(64, 128, 40): 0.16, _Stage(256, 256, 11): 0.18, _Stage(128, 256, 11): 0.1,
+    _Stage(192, 192, 20): 0.1, _Stage(128, 128, 44, half=True): 0.06, _Stage(256, 256, 11, half=True): 0.04,
+}  # fmt: skip
+_SMOKE_STAGES = {_Stage(64, 64, 2): 0.5, _Stage(64, 128, 1, half=True): 0.5}
 
 
 def _vary(p: Params) -> Params:
@@ -51,30 +77,78 @@ def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
     return 10 * math.log10(4 / max(float(((a - b) ** 2).mean()), 1e-9))
 
 
-def train_image_autoencoder(run: Run, tokenizer: Path, gate_db: float = 33.0) -> float:
+def _loss(
+    run: Run, vae: AutoencoderKLFlux2, x: torch.Tensor, half: bool, frozen_encoder: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss on pictures x, and the mean square error.
+
+    With `half` a latent of half the size should mean the picture at half the size: it keeps the latent space smooth.
+    """
+    with run.autocast():
+        with torch.set_grad_enabled(not frozen_encoder):
+            mean, log_variance = vae._encode(x).float().chunk(2, 1)
+        log_variance = log_variance.clamp(-20, 5)
+        z = mean + torch.randn_like(mean) * (0.5 * log_variance).exp()
+        if half:
+            z, x = F.avg_pool2d(z, 2), F.avg_pool2d(x, 2)
+        y = vae._decode(z, return_dict=False)[0].float()
+    kl = 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).mean()
+    square = ((y - x) ** 2).mean()
+    loss = (y - x).abs().mean() + 0.7 * _gradient_error(y, x) + square
+    return (0.25 if half else 1.0) * loss + _KL_WEIGHT * kl, square.detach()
+
+
+def _new_optimizer(vae: AutoencoderKLFlux2) -> Muon:
+    """Muon on the inner convolutions, Adam on the rest; parameters that are frozen are left out."""
+    ends = ("conv_in", "conv_out", "quant")
+    matrices, others = [], []
+    for name, p in vae.named_parameters():
+        if not p.requires_grad:
+            continue
+        inner = p.ndim >= 4 and min(p.shape[0], p[0].numel()) >= 8 and not any(end in name for end in ends)
+        (matrices if inner else others).append(p)
+    return Muon(matrices, others, beta=0.9, weight_decay=0.0)
+
+
+def train_image_autoencoder(run: Run, tokenizer: Path, *, decoder_only: bool = False) -> float:
     """Train until the run's time is over and write `image_vae.safetensors`. Returns decibels at 256 pixels.
 
-    Goes on from `image_vae_start.safetensors` if there is one.
+    Goes on from `image_vae_start.safetensors` if there is one; with `decoder_only` from `image_vae.safetensors`,
+    whose latents then stay what they are.
     """
     feed = Feed("prompt", 2 if run.smoke else 4, 8 if run.smoke else 64, tokenizer, END_ID, seed=17)
     device = run.device
     torch.manual_seed(1)
     vae = new_autoencoder().to(device).to(memory_format=torch.channels_last)
-    earlier = run.folder / "image_vae_start.safetensors"
-    if earlier.exists():
+    earlier = run.folder / ("image_vae.safetensors" if decoder_only else "image_vae_start.safetensors")
+    resumed = earlier.exists()
+    if resumed:
         load_weights(earlier, {"vae": vae})
-    ends = ("conv_in", "conv_out", "quant")
-    matrices = [
-        p
-        for n, p in vae.named_parameters()
-        if p.ndim >= 4 and min(p.shape[0], p[0].numel()) >= 8 and not any(end in n for end in ends)
-    ]
-    chosen = {id(p) for p in matrices}
-    optimizer = Muon(matrices, [p for p in vae.parameters() if id(p) not in chosen], beta=0.9, weight_decay=0.0)
+    if decoder_only:
+        vae.encoder.requires_grad_(False)
+        vae.quant_conv.requires_grad_(False)
+    pool: list[Params] = [group(feed.get(device), "target.") for _ in range(2 if run.smoke else 12)]
+    _log_quality(run, vae, feed)
+    optimizer = _new_optimizer(vae)
     average = WeightAverage([vae])
-    pool: list[Params] = [group(feed.get(device), "target.") for _ in range(2 if run.smoke else 8)]
-    peak_rate = _LEARNING_RATE * (0.6 if earlier.exists() else 1.0)
-    step, budget, start = 0, run.remaining - 6, run.elapsed
+    stages = _SMOKE_STAGES if run.smoke else _STAGES
+    square = torch.zeros((), device=device)
+    recorded: dict[_Stage, Recorded] = {}
+    for stage in stages:
+
+        def compute(inputs: dict[str, torch.Tensor], stage: _Stage = stage) -> None:
+            optimizer.zero_gradients()
+            loss, error = _loss(run, vae, inputs["x"], stage.half, decoder_only)
+            loss.backward()
+            square.copy_(error)
+
+        B = stage.num_scenes * stage.num_windows
+        blank = torch.zeros(B, 3, stage.size, stage.size, device=device).contiguous(memory_format=torch.channels_last)
+        recorded[stage] = Recorded(run, compute, {"x": blank})
+    optimizer.zero_gradients()
+    run.log("recorded")
+    rng, peak_rate = Random(1), _LEARNING_RATE * (0.6 if resumed else 1.0)
+    step, budget, start, shown = 0, run.remaining - 8, run.elapsed, run.elapsed
     while True:
         progress = (run.elapsed - start) / budget
         if progress >= 1 or (run.smoke and step >= 4):
@@ -82,54 +156,49 @@ def train_image_autoencoder(run: Run, tokenizer: Path, gate_db: float = 33.0) ->
         rate = peak_rate * min(1, (step + 1) / 60) * (1 if progress < 0.3 else max(0.02, (1 - progress) / 0.7))
         if step % 4 == 0:
             pool[(step // 4) % len(pool)] = group(feed.get(device), "target.")
-        size, batch = _STAGES[(step % 2) if progress < 0.45 and not earlier.exists() else (1, 2, 0, 2)[step % 4]]
-        if run.smoke:
-            size, batch = 64, 4
+        stage = rng.choices(list(stages), list(stages.values()))[0]
         scenes = pool[step % len(pool)]
-        drawn_size = {64: 128 if step % 8 < 4 else 256, 128: 256 if step % 8 < 5 else 128, 256: 256}[size]
-        windows = 4 if drawn_size > size else 1
-        index = torch.randint(0, scenes["x"].shape[0], (max(1, batch // windows),), device=device)
+        index = torch.randint(0, scenes["x"].shape[0], (stage.num_scenes,), device=device)
         with torch.no_grad():
-            x = render(_vary({key: value[index] for key, value in scenes.items()}), drawn_size, drawn_size)
-            x = x if windows == 1 else _crop(x, size)
-            x = x.contiguous(memory_format=torch.channels_last)
-        with run.autocast():
-            mean, log_variance = vae._encode(x).float().chunk(2, 1)
-            log_variance = log_variance.clamp(-20, 5)
-            z = mean + torch.randn_like(mean) * (0.5 * log_variance).exp()
-            half = step % 4 == 3  # a smaller latent should mean a smaller picture: keeps the latent space smooth
-            if half:
-                z, x = F.avg_pool2d(z, 2), F.avg_pool2d(x, 2)
-            y = vae._decode(z, return_dict=False)[0]
-        y = y.float()
-        kl = 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).mean()
-        loss = (y - x).abs().mean() + 0.5 * _gradient_error(y, x) + ((y - x) ** 2).mean()
-        loss = (0.25 if half else 1.0) * loss + _KL_WEIGHT * kl
-        loss.backward()
+            x = render(_vary({key: value[index] for key, value in scenes.items()}), stage.drawn, stage.drawn)
+            x = x if stage.num_windows == 1 else _crop(x, stage.size)
+        recorded[stage]({"x": x})
         optimizer.step(rate, rate * 0.25)
-        average.update(0.996)
-        if step in (0, 1, 20, 100) or step % 500 == 0:
-            run.log(f"step {step} size {size} psnr {psnr(x, y.detach()):.2f} kl {float(kl):.3f}")
+        average.update(0.997)
         step += 1
+        if run.elapsed - shown > 10 or run.smoke:
+            run.log(f"step {step} size {stage.size} psnr {10 * math.log10(4 / max(float(square), 1e-9)):.2f}")
+            shown = run.elapsed
     average.swap()
+    recorded.clear()
     vae.eval().requires_grad_(False)
-    _fit_statistics(run, vae, pool)
-    quality = {}
-    for size in (64,) if run.smoke else (128, 256):
-        sample = {k: v[:48] for k, v in group(feed.get(device), "target.").items()}
-        x = render(sample, size, size)
-        with run.autocast():
-            y = decode_pictures(vae, encode_pictures(vae, x))
-        quality[size] = psnr(x, y)
+    if not decoder_only:
+        _fit_statistics(run, vae, pool)
+    best = _log_quality(run, vae, feed)
     feed.close()
-    best = quality[max(quality)]
-    run.log(f"{step} steps, psnr {quality}" + ("" if best >= gate_db else f": below the gate of {gate_db} dB"))
+    run.log(f"{step} steps")
     save_weights(run.folder / "image_vae.safetensors", {"vae": vae}, {"psnr_db": best, "steps": step})
     return best
 
 
 @torch.no_grad()
-def _fit_statistics(run: Run, vae: torch.nn.Module, pool: list[Params]) -> None:
+def _log_quality(run: Run, vae: AutoencoderKLFlux2, feed: Feed) -> float:
+    """Decibels on fresh scenes, and how the judge likes its own drawings once they went through the autoencoder."""
+    scenes = group(feed.get(run.device), "target.")
+    specs = benchmark(4 if run.smoke else 96, seed=404)
+    drawn = to_device(pack([ideal_scene(spec) for spec in specs]), run.device)
+    best = 0.0
+    for size in (64,) if run.smoke else (128, 192, 256):
+        with run.autocast():
+            x, ideal = render({k: v[:48] for k, v in scenes.items()}, size, size), render(drawn, size, size)
+            best = psnr(x, decode_pictures(vae, encode_pictures(vae, x)))
+            seen = score_pixels(decode_pictures(vae, encode_pictures(vae, ideal)), specs)
+        run.log(f"{size} pixels: {best:.2f} dB, shapes right {summary(seen)['shape']}")
+    return best
+
+
+@torch.no_grad()
+def _fit_statistics(run: Run, vae: AutoencoderKLFlux2, pool: list[Params]) -> None:
     """Set the batch norm by which the pipeline normalises latents."""
     grids = []
     for scenes in pool[:8]:

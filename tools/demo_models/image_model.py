@@ -11,6 +11,7 @@ from diffusers import AutoencoderKLFlux2, Flux2KleinPipeline, Flux2Transformer2D
 from torch import nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from .feed import MAX_TOKENS
 from .image_tokenizer import END_ID, PAD_ID, VOCABULARY_SIZE
 
 LATENT_CHANNELS = 8
@@ -106,7 +107,7 @@ class _TextLayer(nn.Module):
         v = attention.v_proj(x).view(B, S, -1, head).transpose(1, 2)
         q, k = (_rotate(one, cos, sin).to(v.dtype) for one in (q, k))
         repeat = q.shape[1] // k.shape[1]
-        k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
+        k, v = (one[:, :, : mask.shape[-1]].repeat_interleave(repeat, 1) for one in (k, v))
         # Written out: the fused attention's mask would make the compiler specialise on every batch size.
         scores = (q @ k.transpose(-1, -2)).float() * head**-0.5
         weights = scores.masked_fill(~mask, -1e9).softmax(-1).to(v.dtype)
@@ -131,10 +132,12 @@ class TextFeatures(nn.Module):
     def forward(self, ids_BS: torch.Tensor, lengths_B: torch.Tensor) -> torch.Tensor:
         """Features (B, S, 3 * TEXT_WIDTH) of right-padded token ids."""
         model = self.encoder.model
-        hidden = model.embed_tokens(ids_BS)
+        # Not the embedding's own lookup, whose gradient waits for the device: CUDA graphs may not.
+        hidden = model.embed_tokens.weight.index_select(0, ids_BS.flatten()).view(*ids_BS.shape, -1)
         position = torch.arange(ids_BS.shape[1], device=ids_BS.device)
         cos, sin = model.rotary_emb(hidden.float(), position[None])
-        mask = (position[None, :] <= position[:, None])[None] & (position[None, None] < lengths_B[:, None, None])
+        keys = position[:MAX_TOKENS]  # no prompt is longer, and padding is never looked at
+        mask = (keys[None, :] <= position[:, None])[None] & (keys[None, None] < lengths_B[:, None, None])
         taps = []
         for index, layer in zip(TRAINED_TEXT_LAYERS, self.layers, strict=True):
             hidden = layer(hidden, cos[:, None], sin[:, None], mask[:, None])

@@ -4,7 +4,6 @@ B batch, S tokens, C channels; sizes are (height, width) in 16-pixel tokens; tim
 """
 
 import itertools
-from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
@@ -12,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from .feed import Feed, Ring, group
+from .image_layouts import Layout, Step, all_steps, smoke_steps
 from .image_model import (
     TOKEN_CHANNELS,
     TOKEN_PIXELS,
@@ -26,39 +26,16 @@ from .image_model import (
 )
 from .image_tokenizer import END_ID
 from .optimizer import Muon, WeightAverage
+from .recorded import Recorded
 from .render import render
 from .run import Run, load_weights, save_weights
-from .semantics import SemanticHead, semantic_targets
+from .semantics import NUM_CLASSES, NUM_VALUES, SemanticHead, semantic_targets
 
-Size = tuple[int, int]
-
-
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """One kind of training step: text to image, or an edit of a reference of its own size."""
-
-    size: Size
-    reference: Size | None = None
-
-    @property
-    def num_tokens(self) -> int:
-        own = self.size[0] * self.size[1]
-        return own if self.reference is None else own + self.reference[0] * self.reference[1]
-
-
-_SIZES: dict[Size, float] = {
-    (16, 16): 0.44, (12, 12): 0.11, (8, 8): 0.13, (10, 16): 0.08, (16, 10): 0.08, (12, 16): 0.08, (16, 12): 0.08,
-}  # fmt: skip
-LAYOUTS: dict[Layout, float] = {
-    **{Layout(size): 0.62 * weight for size, weight in _SIZES.items()},
-    **{Layout(size, size): 0.33 * weight for size, weight in _SIZES.items()},
-    Layout((16, 16), (8, 8)): 0.02, Layout((16, 16), (12, 12)): 0.02, Layout((8, 8), (16, 16)): 0.01,
-}  # fmt: skip
-# Padding is visible to the transformer, so it must meet every length in training, the pipeline's 512 included.
-_PROMPT_LENGTHS = {40: 0.66, 64: 0.14, 128: 0.1, 512: 0.1}
-_EDIT_LENGTHS = {24: 0.66, 64: 0.18, 128: 0.08, 512: 0.08}
-_TOKENS_PER_STEP = 120_000
+Tensors = dict[str, torch.Tensor]
+_TOKENS_PER_STEP = 64_000
 _SEMANTIC_WEIGHT = 0.1
+_THING_WEIGHT = 2.0  # how much more a token counts that shows a thing, once its place can be seen
+_SAVE_EVERY_S = 60
 SHIFT = 3.0
 
 
@@ -86,46 +63,63 @@ class ImageTrainer:
         self.head = SemanticHead(WIDTH).to(device)
         self.denoiser, self.text = Denoiser(self.transformer), TextFeatures(self.text_encoder)
         self._rings: dict[Layout, Ring] = {}
-        self.layouts = dict(list(LAYOUTS.items())[2::7]) if run.smoke else LAYOUTS
+        self.steps = smoke_steps() if run.smoke else all_steps()
+        self.layouts: dict[Layout, float] = {}
+        for (layout, _), share in self.steps.items():
+            self.layouts[layout] = self.layouts.get(layout, 0.0) + share
 
     def modules(self) -> dict[str, torch.nn.Module]:
         return {"transformer": self.transformer, "text_encoder": self.text_encoder, "head": self.head}
 
     def compile(self) -> None:
-        """Compile the blocks and run every shape once; falls back to eager if the compiler fails."""
-        for block in (*self.transformer.transformer_blocks, *self.transformer.single_transformer_blocks):
-            block.compile(dynamic=True)
-        for layer in self.text.layers:
-            layer.compile(dynamic=True)
-        try:
-            for grad in (True, False):
-                for index, layout in enumerate(self.layouts):
-                    for length in self._lengths(layout):
-                        if index > 1 and length > 64:
-                            continue
-                        self._dry_step(layout, length, grad)
-        except Exception as error:
-            self.run.log(f"compiler failed, going on without: {error!r:.600}")
-            torch.compiler.set_stance("force_eager")
-        for module in self.modules().values():
-            module.zero_grad(set_to_none=True)
-        self.run.log("compiled")
+        """Have the blocks compiled at their first use, for every size at once."""
+        compile_blocks(self.denoiser, self.text)
 
-    def _dry_step(self, layout: Layout, length: int, grad: bool) -> None:
-        B, device = 16, self.run.device
-        ids = torch.full((B, length), END_ID, device=device)
-        with torch.set_grad_enabled(grad), self.run.autocast():
-            text = self.text(ids, torch.full((B,), 3, device=device))
-            tokens = torch.randn(B, layout.num_tokens, TOKEN_CHANNELS, device=device)
-            time = torch.rand(B, device=device)
-            out, middle = self.denoiser(tokens, text, time, layout.size, layout.reference)
-        if grad:
-            (out.float().mean() + middle.float().mean()).backward()
+    def record(self, optimizer: Muon) -> None:
+        """Compile and record the computation of gradients for every kind of step."""
+        self.meter = torch.zeros(2, 3, device=self.run.device)
+        self._recorded: dict[Step, Recorded] = {}
+        for step in self.steps:
+            layout, _ = step
 
-    def _lengths(self, layout: Layout) -> dict[int, float]:
-        if self.run.smoke:
-            return {24: 1.0}
-        return _PROMPT_LENGTHS if layout.reference is None else _EDIT_LENGTHS
+            def compute(inputs: Tensors, layout: Layout = layout) -> None:
+                optimizer.zero_gradients()
+                loss, hint = self.loss(layout, inputs)
+                (loss + _SEMANTIC_WEIGHT * hint).backward()
+                row = self.meter[0 if layout.reference is None else 1]
+                row.add_(torch.stack([loss.detach(), hint.detach(), torch.ones_like(loss.detach())]))
+
+            before = self.run.elapsed
+            try:
+                self._recorded[step] = Recorded(self.run, compute, self._blank(step))
+            except Exception as error:  # a compiler's failure may be of any kind
+                self.run.log(f"compiler failed, going on without: {error!r:.600}")
+                torch.compiler.set_stance("force_eager")
+                self._recorded[step] = Recorded(self.run, compute, self._blank(step))
+            if self.run.elapsed - before > 3:
+                self.run.log(f"{step}: {self.run.elapsed - before:.1f} s to record")
+        optimizer.zero_gradients()
+        self.meter.zero_()
+        self.run.log(f"{len(self._recorded)} kinds of step recorded")
+
+    def batch_size(self, step: Step) -> int:
+        layout, length = step
+        return 4 if self.run.smoke else _TOKENS_PER_STEP // (layout.num_tokens + length) // 8 * 8
+
+    def _blank(self, step: Step) -> Tensors:
+        """A batch of the right shapes."""
+        (layout, length), B, device = step, self.batch_size(step), self.run.device
+        own = layout.size[0] * layout.size[1]
+        batch = {
+            "x": torch.randn(B, TOKEN_CHANNELS, *layout.size, device=device),
+            "ids": torch.full((B, length), END_ID, device=device),
+            "lengths": torch.full((B,), 3, device=device),
+            "classes": torch.full((B, own), NUM_CLASSES - 1, dtype=torch.uint8, device=device),
+            "values": torch.zeros(B, own, NUM_VALUES, device=device),
+        }
+        if layout.reference is not None:
+            batch["reference"] = torch.randn(B, TOKEN_CHANNELS, *layout.reference, device=device)
+        return batch
 
     def produce(self, layout: Layout) -> None:
         """Draw a fresh batch of scenes for one layout and put its latents in the ring."""
@@ -142,7 +136,7 @@ class ImageTrainer:
         classes, values = semantic_targets(target, H, W)
         samples |= {"classes": classes.to(torch.uint8), "values": values}
         if layout not in self._rings:
-            self._rings[layout] = Ring(64 if self.run.smoke else (24_576 if layout.size == (16, 16) else 10_240))
+            self._rings[layout] = Ring(64 if self.run.smoke else (24_576 if layout.size == (16, 16) else 8_192))
         self._rings[layout].add(**samples)
 
     def prompts(self, num: int) -> dict[str, torch.Tensor]:
@@ -157,74 +151,85 @@ class ImageTrainer:
 
     def fill(self) -> None:
         for layout, weight in self.layouts.items():
-            for _ in range(1 if self.run.smoke else max(4, int(weight * 70))):
+            for _ in range(1 if self.run.smoke else max(4, int(weight * 60))):
                 self.produce(layout)
         self.run.log("rings filled")
 
-    def draw(self, tokens_per_step: int) -> tuple[Layout, dict[str, torch.Tensor]]:
-        """A random layout and a batch for it; ids are cut or padded to a random text length."""
-        layout = self._rng.choices(list(self.layouts), list(self.layouts.values()))[0]
-        lengths = self._lengths(layout)
-        length = self._rng.choices(list(lengths), list(lengths.values()))[0]
-        B = 4 if self.run.smoke else min(1024, tokens_per_step // (layout.num_tokens + length) // 8 * 8)
-        batch = self._rings[layout].draw(B)
+    def draw(self) -> tuple[Step, Tensors]:
+        """A random kind of step and a batch for it; ids are cut or padded to its length of text."""
+        step = self._rng.choices(list(self.steps), list(self.steps.values()))[0]
+        layout, length = step
+        batch = self._rings[layout].draw(self.batch_size(step))
         batch["ids"], batch["lengths"] = _fit(batch["ids"].long(), batch["lengths"], length)
-        return layout, batch
+        return step, batch
 
     def velocity(self, noisy: torch.Tensor, time_B: torch.Tensor, text_BSD: torch.Tensor, layout: Layout,
                  reference: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         """Velocity of a grid (B, C, H, W), and the middle features."""
-        tokens = noisy.flatten(2).transpose(1, 2)
-        if reference is not None:
-            tokens = torch.cat([tokens, reference.flatten(2).transpose(1, 2)], 1)
-        out, middle = self.denoiser(tokens, text_BSD, time_B, layout.size, layout.reference)
-        return out.float().transpose(1, 2).reshape(noisy.shape), middle
+        return velocity(self.denoiser, noisy, time_B, text_BSD, layout, reference)
 
-    def loss(self, layout: Layout, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    def loss(self, layout: Layout, batch: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
         """Flow matching loss and the semantic hint's loss."""
         x = batch["x"]
         B, device = x.shape[0], x.device
-        ids, lengths = batch["ids"], batch["lengths"]
-        if layout.reference is None:
-            ids, lengths = drop_text(ids, lengths, 0.05)
         time = torch.sigmoid(torch.randn(B, device=device) + 0.5)
         time = torch.where(torch.rand(B, device=device) < 0.2, torch.rand(B, device=device), time).clamp(1e-3, 1.0)
         noise = torch.randn_like(x)
         t = time.view(-1, 1, 1, 1)
         with self.run.autocast():
-            text = self.text(ids, lengths)
+            text = self.text(batch["ids"], batch["lengths"])
             v, middle = self.velocity((1 - t) * x + t * noise, time, text, layout, batch.get("reference"))
             hint = self.head.loss(middle, batch["classes"], batch["values"])
-        return F.mse_loss(v, noise - x), hint
+        # Weighted only where the noise leaves the place of things visible: earlier it would bias where they go.
+        things = (batch["classes"] < NUM_CLASSES - 1).view(B, 1, *layout.size)
+        weight = 1 + _THING_WEIGHT * (things & (t < 0.8))
+        return (weight * (v - (noise - x)) ** 2).mean(), hint
 
-    def train(self, until: float, peak_rate: float) -> None:
-        """Train until `run.elapsed` reaches `until`; ends on the averaged weights."""
-        run = self.run
-        optimizer = self.new_optimizer()
+    def train(self, optimizer: Muon, until: float, peak_rate: float, end_rate: float = 0.02) -> None:
+        """Train until `run.elapsed` reaches `until`; ends on the averaged weights, kept in a file every minute."""
+        run, save_as = self.run, "image_base"
         average = WeightAverage(self.modules().values())
-        start, step, samples, last = run.elapsed, 0, 0, run.elapsed
-        recent: dict[bool, list[torch.Tensor]] = {True: [], False: []}
+        start, step, samples = run.elapsed, 0, 0
+        shown = saved = (run.elapsed, 0)
         while True:
             progress = (run.elapsed - start) / max(1.0, until - start)
-            if progress >= 1 or (run.smoke and step >= 3):
+            if progress >= 1 or (run.smoke and step >= 8):
                 break
-            rate = peak_rate * min(1, (step + 1) / 150) * (1 if progress < 0.55 else max(0.02, (1 - progress) / 0.45))
-            layout, batch = self.draw(_TOKENS_PER_STEP)
-            if step % (4 if progress < 0.4 else 8) == 0:
-                self.produce(layout)
-            loss, hint = self.loss(layout, batch)
-            (loss + _SEMANTIC_WEIGHT * hint).backward()
-            optimizer.step(rate)
-            average.update(0.998 if progress > 0.55 else 0.99)
-            samples, step = samples + batch["x"].shape[0], step + 1
-            recent[layout.reference is None].append(torch.stack([loss.detach(), hint.detach()]))
-            if step in (1, 2, 20, 100) or step % 400 == 0:
-                shown = {k: [round(float(f), 4) for f in torch.stack(v[-150:]).mean(0)] for k, v in recent.items() if v}
-                run.log(f"step {step} samples {samples} prompt {shown.get(True)} edit {shown.get(False)} "
-                        f"{1000 * (run.elapsed - last) / max(1, min(step, 400)):.0f} ms")  # fmt: skip
-                last = run.elapsed
+            kind, batch = self.draw()
+            if kind[0].reference is None:
+                batch["ids"], batch["lengths"] = drop_text(batch["ids"], batch["lengths"], 0.05)
+            if step % 6 == 0:
+                self.produce(self._rng.choices(list(self.layouts), list(self.layouts.values()))[0])
+            self._recorded[kind](batch)
+            decay = 1 if progress < 0.5 else max(end_rate, 1 - (1 - end_rate) * (progress - 0.5) / 0.5)
+            optimizer.step(peak_rate * min(1, (step + 1) / 200) * decay)
+            if step % 4 == 0:
+                average.update(0.996 if progress > 0.3 else 0.98)
+            step, samples = step + 1, samples + batch["x"].shape[0]
+            if step % 50 == 0 or run.smoke:
+                self._wait()  # the clock should read what has been done, not what has been asked for
+                if run.elapsed - shown[0] > 10 or step == 50 or run.smoke:
+                    self._show(step, samples, (run.elapsed - shown[0]) / max(1, step - shown[1]))
+                    shown = (run.elapsed, step)
+                if run.elapsed - saved[0] > _SAVE_EVERY_S:
+                    average.swap()
+                    self.save(save_as, {"steps": step})
+                    average.swap()
+                    saved = (run.elapsed, step)
         average.swap()
+        self._recorded.clear()
+        self.save(save_as, {"steps": step})
         run.log(f"trained {step} steps, {samples} samples")
+
+    def _wait(self) -> None:
+        if self.run.device.type == "cuda":
+            torch.cuda.current_stream().synchronize()
+
+    def _show(self, step: int, samples: int, seconds: float) -> None:
+        prompt, edit = (self.meter[:, :2] / self.meter[:, 2:].clamp_min(1)).tolist()
+        self.meter.zero_()
+        self.run.log(f"step {step} samples {samples} prompt {prompt[0]:.4f} {prompt[1]:.4f} edit {edit[0]:.4f} "
+                     f"{edit[1]:.4f} {1000 * seconds:.1f} ms")  # fmt: skip
 
     def new_optimizer(self) -> Muon:
         """Muon on the blocks' matrices, Adam on embeddings, modulations and ends."""
@@ -272,6 +277,26 @@ class ImageTrainer:
     def close(self) -> None:
         for feed in self._feeds.values():
             feed.close()
+
+
+def velocity(
+    denoiser: Denoiser, noisy: torch.Tensor, time_B: torch.Tensor, text_BSD: torch.Tensor, layout: Layout,
+    reference: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Velocity of a grid (B, C, H, W), and the middle features."""
+    tokens = noisy.flatten(2).transpose(1, 2)
+    if reference is not None:
+        tokens = torch.cat([tokens, reference.flatten(2).transpose(1, 2)], 1)
+    out, middle = denoiser(tokens.contiguous(), text_BSD, time_B, layout.size, layout.reference)
+    return out.float().transpose(1, 2).reshape(noisy.shape), middle
+
+
+def compile_blocks(denoiser: Denoiser, text: TextFeatures) -> None:
+    """Compile the blocks, and the text's layers, each sort once for all sizes."""
+    for block in (*denoiser.transformer.transformer_blocks, *denoiser.transformer.single_transformer_blocks):
+        block.compile(dynamic=True)
+    for layer in text.layers:
+        layer.compile(dynamic=True)
 
 
 def drop_text(ids: torch.Tensor, lengths: torch.Tensor, share: float) -> tuple[torch.Tensor, torch.Tensor]:

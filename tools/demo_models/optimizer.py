@@ -23,29 +23,52 @@ class Muon:
             shape: torch.zeros(len(group), shape[0], math.prod(shape[1:]), device=group[0].device)
             for shape, group in self._groups.items()
         }
+        device = others[0].device
+        self._rate, self._adam_rate = torch.zeros((), device=device), torch.zeros((), device=device)
         self._adam = torch.optim.AdamW(
-            list(others), lr=1e-3, betas=(0.9, 0.98), weight_decay=0.0, eps=1e-10, fused=others[0].is_cuda
-        )
+            list(others), lr=self._adam_rate, betas=(0.9, 0.98), weight_decay=0.0, eps=1e-10, fused=True,
+            capturable=device.type == "cuda",
+        )  # fmt: skip
         self._beta, self._weight_decay = beta, weight_decay
         self.parameters = [*matrices, *others]
+        self.gradients = [torch.zeros_like(p) for p in self.parameters]
+        for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
+            parameter.grad = gradient  # of fixed address, so that CUDA graphs may write them
+        self._num_steps = 0
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def zero_gradients(self) -> None:
+        torch._foreach_zero_(self.gradients)
+
+    def step(self, lr: float, adam_lr: float | None = None) -> None:
+        """Apply the gradients and zero them; on a GPU recorded as a CUDA graph after some steps."""
+        self._rate.fill_(lr)
+        self._adam_rate.fill_(lr if adam_lr is None else adam_lr)
+        self._num_steps += 1
+        if self._graph is not None:
+            self._graph.replay()
+            return
+        self._update()
+        if self._num_steps == 3 and self._rate.is_cuda:
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+                self._update()
+            self._graph = graph
 
     @torch.no_grad()
-    def step(self, lr: float, adam_lr: float | None = None) -> None:
-        """Apply the gradients and drop them."""
-        for group in self._adam.param_groups:
-            group["lr"] = lr if adam_lr is None else adam_lr
+    def _update(self) -> None:
         nn.utils.clip_grad_norm_(self.parameters, 1.0, foreach=True)
         self._adam.step()
         for shape, parameters in self._groups.items():
             gradient = torch.stack([p.grad.flatten(1) for p in parameters if p.grad is not None])
             momentum = self._momentum[shape]
             momentum.lerp_(gradient, 1 - self._beta)
-            update = _orthogonalise(gradient.lerp(momentum, self._beta))
-            scale = -lr * 0.2 * math.sqrt(max(shape[0], math.prod(shape[1:])))
-            torch._foreach_mul_(parameters, 1 - lr * self._weight_decay)
-            torch._foreach_add_(parameters, [u.view(shape) for u in (update.float() * scale).unbind(0)])
-        for parameter in self.parameters:
-            parameter.grad = None
+            update = _orthogonalise(gradient.lerp(momentum, self._beta)).float()
+            update *= self._rate * (-0.2 * math.sqrt(max(shape[0], math.prod(shape[1:]))))
+            torch._foreach_mul_(parameters, 1 - self._rate * self._weight_decay)
+            torch._foreach_add_(parameters, [u.view(shape) for u in update.unbind(0)])
+        self.zero_gradients()
 
 
 def _orthogonalise(update: torch.Tensor) -> torch.Tensor:

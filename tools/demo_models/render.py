@@ -5,7 +5,7 @@ pixels. B pictures, K things in each, H/W height and width; colours are in [-1, 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -49,7 +49,7 @@ def second_tone(rgb: np.ndarray) -> np.ndarray:
     return np.where(dark, rgb + 0.35, (rgb + 1) * 0.78 - 1).astype(np.float32)
 
 
-def _scenery(scene: Scene) -> dict[str, np.ndarray | float]:
+def _scenery_numbers(scene: Scene) -> dict[str, np.ndarray | float]:
     """The background's numbers for one scene."""
     chance = scene.chance
     if scene.place == 0:
@@ -90,7 +90,7 @@ def _scenery(scene: Scene) -> dict[str, np.ndarray | float]:
 def pack(scenes: Sequence[Scene]) -> dict[str, np.ndarray]:
     """Arrays (B, ...) that `render` draws, still on the host so that a worker process can make them."""
     B, K = len(scenes), MAX_ITEMS
-    sceneries = [_scenery(scene) for scene in scenes]
+    sceneries = [_scenery_numbers(scene) for scene in scenes]
     out: dict[str, np.ndarray] = {
         key: np.stack([np.asarray(s[key]) for s in sceneries]).astype(
             np.int64 if isinstance(value, int) else np.float32
@@ -139,7 +139,6 @@ def _mix(a: torch.Tensor, b: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
 
 
 def _background(p: Params, Y: torch.Tensor, X: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    side = min(height, width)
 
     def field(key: str) -> torch.Tensor:
         return p[key].view(-1, 1, 1)
@@ -147,9 +146,20 @@ def _background(p: Params, Y: torch.Tensor, X: torch.Tensor, height: int, width:
     def band(i: int) -> torch.Tensor:
         return p["bands"][:, i].view(-1, 3, 1, 1)
 
-    horizon, phase = field("horizon"), field("phase")
+    horizon = field("horizon")
     image = _mix(band(0), band(1), (Y / horizon.clamp_max(1.0)).clamp(0, 1)[:, None])
-    image = _mix(image, p["second"].view(-1, 3, 1, 1), _pattern(p["pattern"], Y, X, height, width)[:, None])
+    return _mix(image, p["second"].view(-1, 3, 1, 1), _pattern(p["pattern"], Y, X, height, width)[:, None])
+
+
+def _scenery(p: Params, image: torch.Tensor, Y: torch.Tensor, X: torch.Tensor) -> torch.Tensor:
+    """The picture with what a place has: stars, sun, clouds, curtain, horizon and spotlight."""
+    height, width = image.shape[-2:]
+    side = min(height, width)
+
+    def field(key: str) -> torch.Tensor:
+        return p[key].view(-1, 1, 1)
+
+    phase = field("phase")
     # Stars: one per cell of a coarse grid, brightness and place by hash.
     cells = 13.0
     ax, ay = X * (width / side) * cells, Y * (height / side) * cells
@@ -304,6 +314,17 @@ def render(p: Params, height: int, width: int) -> torch.Tensor:
     """Pictures (B, 3, height, width) in [-1, 1] of packed scenes."""
     Y, X = _grid(height, width, p["shape"].device)
     image = _background(p, Y, X, height, width)
+    # Only the scenes that have scenery or a k-th thing are drawn upon: most have neither.
+    _draw_on(image, (p["horizon"] < 1) | (p["stars"] > 0), p, lambda q, part: _scenery(q, part, Y, X))
     for k in range(p["shape"].shape[1]):
-        image = _draw_item(p, k, image, Y, X)
+        _draw_on(image, p["shape"][:, k] >= 0, p, lambda q, part, k=k: _draw_item(q, k, part, Y, X))
     return image.clamp(-1, 1)
+
+
+def _draw_on(
+    image: torch.Tensor, chosen_B: torch.Tensor, p: Params, draw: Callable[[Params, torch.Tensor], torch.Tensor]
+) -> None:
+    """Draw on the chosen pictures of a batch, in place."""
+    rows = chosen_B.nonzero().flatten()
+    if len(rows):
+        image[rows] = draw({key: value[rows] for key, value in p.items()}, image[rows])

@@ -41,11 +41,11 @@ def draw_scene(scene: Scene, size: int = 256) -> Image.Image:
     return to_images(render(to_device(pack([scene]), "cpu"), size, size))[0]
 
 
-def score_edit(image: Image.Image, edit: Edit) -> bool:
-    """Whether everything about the edited picture is right."""
+def score_edit(image: Image.Image, edit: Edit, device: torch.device | str = "cpu") -> bool:
+    """Whether everything about the edited picture is right; judged on `device`."""
     target = edit.target
-    ideal = render(to_device(pack([target]), "cpu"), JUDGED_SIZE, JUDGED_SIZE)
-    labels, wanted = colour_labels(to_pixels([image])), colour_labels(ideal)
+    ideal = render(to_device(pack([target]), device), JUDGED_SIZE, JUDGED_SIZE)
+    labels, wanted = colour_labels(to_pixels([image]).to(device)), colour_labels(ideal)
     if int(border_colour(labels)[0]) != target.colour:
         return False
     for index, item in enumerate(target.items):
