@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from photogram.core.errors import RequestError
+from photogram.core.errors import RequestError, StorageFailed
 from photogram.media.clip_file import encode_mp4
 from photogram.media.clips import ClipFacts, probe_clip, write_frames
+from photogram.media.first_frame import of_clip_end, of_picture
 from photogram.media.stills import STILLS
 
 from .pictures import moving, psnr
@@ -44,15 +45,14 @@ def other_file(frames, format, codec, pix_fmt="yuv420p", times=None):
 
 def read(data, tmp_path, **changes):
     options = {"width": 192, "height": 128, "fps": 16, "num_frames": 17, "max_pixels": PIXELS, **changes}
-    write_frames(io.BytesIO(data), "'video'", tmp_path / "frames.npy", **options)
+    with (tmp_path / "frames.npy").open("wb") as target:
+        write_frames(io.BytesIO(data), "'video'", target, **options)
     return np.load(tmp_path / "frames.npy")
 
 
-def test_a_clip_is_known_before_it_is_decoded(clip, tmp_path):
+def test_a_clip_is_known_before_it_is_decoded(clip):
     known = ClipFacts(width=192, height=128, num_frames=17, fps=16.0)
     assert probe_clip(io.BytesIO(clip), "'video'", max_pixels=PIXELS) == known
-    (tmp_path / "clip").write_bytes(clip)
-    assert probe_clip(tmp_path / "clip", "'video'", max_pixels=PIXELS) == known
     assert known.seconds == 17 / 16
 
 
@@ -184,3 +184,22 @@ def test_large_and_long_clips_have_small_stills():
         assert picture.size == (512, 43)
     with Image.open(io.BytesIO(STILLS["spritesheet"].make(data))) as picture:
         assert picture.size == (5 * 320, 5 * 27)
+
+
+def test_the_first_frame_of_a_clip_is_cropped_to_the_size_that_is_drawn(frames, tmp_path):
+    Image.fromarray(frames[0]).save(tmp_path / "picture.png")
+    of_picture(tmp_path / "picture.png", tmp_path / "first.png", 128, 128)
+    with Image.open(tmp_path / "first.png") as picture:
+        assert np.array_equal(np.asarray(picture), frames[0][:, 32:160])
+    np.save(tmp_path / "clip.npy", frames)
+    of_clip_end(tmp_path / "clip.npy", tmp_path / "first.png", 192, 128)
+    with Image.open(tmp_path / "first.png") as picture:
+        assert np.array_equal(np.asarray(picture), frames[-1])
+
+
+def test_a_first_frame_that_cannot_be_kept_is_a_failed_storage(frames, tmp_path):
+    np.save(tmp_path / "clip.npy", frames)
+    with pytest.raises(StorageFailed):
+        of_clip_end(tmp_path / "clip.npy", tmp_path / "absent" / "first.png", 192, 128)
+    with pytest.raises(StorageFailed):
+        of_picture(tmp_path / "absent.png", tmp_path / "first.png", 192, 128)

@@ -2,13 +2,14 @@ import asyncio
 import io
 import threading
 
+import av
 import numpy as np
 import pytest
 from PIL import Image
 
 import photogram.media.pool as pool_module
 from photogram.core.errors import EngineLost, GenerationFailed
-from photogram.core.messages import FrameBlock
+from photogram.core.messages import FrameBlock, SoundBlock
 from photogram.core.request import OutputSpec
 from photogram.media.pool import MediaPool
 
@@ -164,6 +165,53 @@ def test_a_clip_that_continues_another_follows_it_without_the_frame_they_share(t
     made = encoded_clip(tmp_path, frames[4:], output)
     assert made.num_frames == 9
     assert psnr(decoded(made.data), frames) > 25
+
+
+def sound_block(folder, rate=16000, seconds=1.0, channels=1, name="sound"):
+    t = np.arange(int(rate * seconds)) / rate
+    samples = np.stack([np.sin(2 * np.pi * 440 * t)] * channels, axis=1).astype(np.float32) * 0.5
+    (folder / name).write_bytes(samples.tobytes())
+    return SoundBlock(path=str(folder / name), shape=samples.shape, rate=rate)
+
+
+def test_the_sound_of_a_clip_begins_where_its_frames_do(tmp_path):
+    np.save(tmp_path / "earlier.npy", moving(17, 96, 60))
+    frames_dir = tmp_path / "frames"
+    frames_dir.mkdir()
+    output = OutputSpec(
+        width=96, height=60, format="mp4", compression=50, fps=16, continues=str(tmp_path / "earlier.npy")
+    )
+
+    async def encode():
+        pool = MediaPool(frames_dir)
+        try:
+            return await pool.encode_clip(
+                clip_block(frames_dir, moving(17, 96, 60)), output, None, sound_block(frames_dir, seconds=2)
+            )
+        finally:
+            pool.close()
+
+    with av.open(io.BytesIO(asyncio.run(encode()).data)) as container:
+        heard = np.concatenate([frame.to_ndarray() for frame in container.decode(audio=0)], axis=1)[0]
+    loud = np.flatnonzero(np.abs(heard) > 0.2)
+    assert loud[0] / 16000 == pytest.approx(1.0, abs=0.1)
+    assert list(frames_dir.iterdir()) == []
+
+
+@pytest.mark.parametrize(("changes", "said"), [({"channels": 3}, "1 or 2 channels"), ({"rate": 12345}, "encoded")])
+def test_a_sound_that_no_clip_can_have_is_a_failed_generation_and_leaves_nothing(tmp_path, changes, said):
+    async def encode():
+        pool = MediaPool(tmp_path)
+        try:
+            await pool.encode_clip(
+                clip_block(tmp_path, moving(3, 96, 60)), CLIP, None, sound_block(tmp_path, **changes)
+            )
+        finally:
+            pool.close()
+
+    with pytest.raises(GenerationFailed, match=said):
+        asyncio.run(encode())
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,12 @@ class Sound:
     rate: int
 
 
+def after_silence(sound: Sound, seconds: float) -> Sound:
+    """Return the sound with so much silence before it."""
+    silence = np.zeros((round(seconds * sound.rate), sound.samples.shape[1]), np.float32)
+    return Sound(np.concatenate([silence, sound.samples]), sound.rate)
+
+
 def crf(compression: int) -> int:
     """Return x264's constant rate factor for 0 (smallest file) to 100 (best picture): 51 to 1, and 25 for 50.
 
@@ -63,10 +69,27 @@ def encode_mp4(
     """Return RGB frames (H, W, 3) of one size as an MP4 file that plays while it loads.
 
     Width and height must be even, because four pixels share one colour. Sound beyond the last frame is cut off. With
-    `provenance` None nothing is written of how the clip was made.
+    `provenance` None nothing is written of how the clip was made. Raises GenerationFailed for what the file cannot
+    hold.
     """
     if width % 2 or height % 2:
         raise GenerationFailed(f"a clip of {width}x{height}: the sides of an mp4 file must be even.")
+    try:
+        data = _encoded(frames, width, height, fps, compression, provenance, sound)
+    except av.FFmpegError as error:
+        raise GenerationFailed(f"a clip of {width}x{height} could not be encoded: {error.strerror}.") from error
+    return data if provenance is None else data + _xmp_box(provenance)
+
+
+def _encoded(
+    frames: Iterable[Picture],
+    width: int,
+    height: int,
+    fps: int,
+    compression: int,
+    provenance: Provenance | None,
+    sound: Sound | None,
+) -> bytes:
     file = io.BytesIO()
     # The index is moved to the front at the end, for which the muxer reads back what it has written.
     container = av.open(
@@ -90,8 +113,7 @@ def encode_mp4(
         container.mux(video.encode(None))
         if sound is not None and audio is not None:
             _write_sound(container, audio, sound, num_frames * sound.rate // fps)
-    data = file.getvalue()
-    return data if provenance is None else data + _xmp_box(provenance)
+    return file.getvalue()
 
 
 def _video_stream(container: OutputContainer, width: int, height: int, fps: int, compression: int) -> VideoStream:

@@ -9,21 +9,19 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from fractions import Fraction
-from pathlib import Path
 from typing import IO
 
 import av
+import msgspec
 import numpy as np
 from av.container import InputContainer
 from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 from av.video.stream import VideoStream
-from PIL import Image, ImageOps
 
 from ..core.errors import RequestError
 from .clip_file import SCALING
-from .fit import Picture
+from .fit import Picture, cover
 
 # FFmpeg's decoders, with the codecs' names.
 CODECS = {"h264": "H.264", "hevc": "HEVC", "vp8": "VP8", "vp9": "VP9", "av1": "AV1", "libdav1d": "AV1",
@@ -36,11 +34,8 @@ _HD_HEIGHT = 720
 _COLORSPACES = {1: Colorspace.ITU709, 4: Colorspace.FCC, 5: Colorspace.ITU601, 6: Colorspace.ITU601,
                 7: Colorspace.SMPTE240M, 9: Colorspace.BT2020}  # fmt: skip
 
-Source = IO[bytes] | Path
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ClipFacts:
+class ClipFacts(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """What a clip is, upright: pixels, frames, and frames a second on average."""
 
     width: int
@@ -53,7 +48,7 @@ class ClipFacts:
         return self.num_frames / self.fps
 
 
-def probe_clip(source: Source, what: str, *, max_pixels: int, param: str = "video") -> ClipFacts:
+def probe_clip(source: IO[bytes], what: str, *, max_pixels: int, param: str = "video") -> ClipFacts:
     """Return what an MP4, MOV, WebM or Matroska clip is, without decoding it; every frame's place is read.
 
     `what` names it in errors. Raises RequestError for anything else, and for frames of more than `max_pixels`.
@@ -85,9 +80,9 @@ def probe_clip(source: Source, what: str, *, max_pixels: int, param: str = "vide
 
 
 def write_frames(
-    source: Source,
+    source: IO[bytes],
     what: str,
-    target: Path,
+    target: IO[bytes],
     *,
     width: int,
     height: int,
@@ -101,29 +96,43 @@ def write_frames(
 
     Frame i is the one that is shown at i / fps. Raises RequestError when the clip cannot be decoded.
     """
+    header = {"descr": "|u1", "fortran_order": False, "shape": (num_frames, height, width, 3)}
+    np.lib.format.write_array_header_1_0(target, header)
+    written = 0
     with _opened(source, what, param) as (container, stream):
-        out_FHWC = np.lib.format.open_memmap(target, "w+", np.uint8, (num_frames, height, width, 3))
-        shown: Picture | None = None
-        filled = 0
-        start: Fraction | None = None
-        for frame in container.decode(stream):
-            if frame.width * frame.height > max_pixels:
-                raise RequestError(f"{what} grows over {max_pixels} pixels.", param=param, code="video_too_large")
-            if frame.pts is None or frame.time_base is None:
-                continue
-            start = frame.pts * frame.time_base if start is None else start
-            # What was on the screen until this frame came.
-            until = min(num_frames, _frames_before(frame.pts * frame.time_base - start, fps))
-            if shown is not None and until > filled:
-                out_FHWC[filled:until] = _covering(shown, width, height)
-                filled = until
-            if filled == num_frames:
+        for picture_HWC, until in _shown_until(container, stream, what, param, fps, max_pixels):
+            until = num_frames if until is None else min(until, num_frames)
+            if until > written:
+                data = cover(picture_HWC, width, height).tobytes()
+                for _ in range(until - written):
+                    target.write(data)
+                written = until
+            if written == num_frames:
                 break
-            shown = _upright(frame)
+    if written < num_frames:
+        raise RequestError(f"{what} has no frame that can be decoded.", param=param, code="invalid_video")
+
+
+def _shown_until(
+    container: InputContainer, stream: VideoStream, what: str, param: str, fps: int, max_pixels: int
+) -> Iterator[tuple[Picture, int | None]]:
+    """Yield each frame with the number of frames at `fps` that begin before the next one; None for the last."""
+    shown: av.VideoFrame | None = None
+    start = Fraction(0)
+    for frame in container.decode(stream):
+        if frame.width * frame.height > max_pixels:
+            raise RequestError(f"{what} grows over {max_pixels} pixels.", param=param, code="video_too_large")
+        if frame.pts is None or frame.time_base is None:
+            continue
+        time = frame.pts * frame.time_base
         if shown is None:
-            raise RequestError(f"{what} has no frame that can be decoded.", param=param, code="invalid_video")
-        out_FHWC[filled:] = _covering(shown, width, height)
-        out_FHWC.flush()
+            start = time
+        else:
+            # A hundredth of a frame is rounding.
+            yield _upright(shown), -int(-((time - start) * fps - Fraction(1, 100)) // 1)
+        shown = frame
+    if shown is not None:
+        yield _upright(shown), None
 
 
 def evenly_spaced(data: bytes, num: int) -> list[Picture]:
@@ -136,19 +145,18 @@ def evenly_spaced(data: bytes, num: int) -> list[Picture]:
 
 
 @contextmanager
-def _opened(source: Source, what: str, param: str) -> Iterator[tuple[InputContainer, VideoStream]]:
+def _opened(source: IO[bytes], what: str, param: str) -> Iterator[tuple[InputContainer, VideoStream]]:
     """The container and its first video stream. What FFmpeg finds wrong with it is a RequestError."""
     refusal = RequestError(f"{what}: no readable MP4, MOV or WebM clip.", param=param, code="invalid_video")
-    file = source.open("rb") if isinstance(source, Path) else source
     try:
-        file.seek(0)
-        head = file.read(12)
-        file.seek(0)
+        source.seek(0)
+        head = source.read(12)
+        source.seek(0)
         # Named outright: a demuxer chosen by FFmpeg could be one that opens further files or addresses.
         format = "mov" if head[4:8] == b"ftyp" else "matroska" if head[:4] == b"\x1aE\xdf\xa3" else None
         if format is None:
             raise refusal
-        with av.open(file, "r", format=format, io_open=_refuse_to_open) as container:
+        with av.open(source, "r", format=format, io_open=_refuse_to_open) as container:
             stream = next(iter(container.streams.video), None)
             # FFmpeg gives no context for a codec that it does not know.
             codec = None if stream is None or stream.codec_context is None else stream.codec_context.name
@@ -161,9 +169,6 @@ def _opened(source: Source, what: str, param: str) -> Iterator[tuple[InputContai
             yield container, stream
     except (av.FFmpegError, ValueError, ArithmeticError, MemoryError, EOFError):
         raise refusal from None
-    finally:
-        if isinstance(source, Path):
-            file.close()
 
 
 def _refuse_to_open(url: str, flags: int, options: dict[str, str]) -> None:
@@ -173,11 +178,6 @@ def _refuse_to_open(url: str, flags: int, options: dict[str, str]) -> None:
 def _first_frame(container: InputContainer, stream: VideoStream) -> av.VideoFrame:
     container.seek(0)
     return next(iter(container.decode(stream)))
-
-
-def _frames_before(time: Fraction, fps: int) -> int:
-    """How many frames at `fps` begin before `time` seconds; a hundredth of a frame is rounding."""
-    return -int(-(time * fps - Fraction(1, 100)) // 1)
 
 
 def _upright(frame: av.VideoFrame) -> Picture:
@@ -194,11 +194,3 @@ def _upright(frame: av.VideoFrame) -> Picture:
     )
     picture: Picture = np.asarray(rgb.to_ndarray(), np.uint8)
     return np.rot90(picture, frame.rotation // 90 % 4) if frame.rotation else picture
-
-
-def _covering(picture_HWC: Picture, width: int, height: int) -> Picture:
-    """The picture enlarged or reduced until it just covers the size, and cropped evenly."""
-    if picture_HWC.shape[:2] == (height, width):
-        return picture_HWC
-    image = Image.fromarray(np.ascontiguousarray(picture_HWC))
-    return np.asarray(ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS))

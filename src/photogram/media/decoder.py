@@ -1,6 +1,6 @@
-"""`python -m photogram.media.decoder FD`: decodes pictures of strangers, each in a process of its own.
+"""`python -m photogram.media.decoder FD`: decodes pictures and clips of strangers, each in a process of its own.
 
-It stays warm and forks for every picture. A fork has limits on memory, processor time, file size and time, is killed by
+It stays warm and forks for every one. A fork has limits on memory, processor time, file size and time, is killed by
 the system when it passes one, takes its input and gives its output through descriptors that came with the order, and
 ends with its picture: nothing that one picture does to it can touch the next one.
 """
@@ -19,28 +19,47 @@ import msgspec
 from PIL import Image
 
 from ..core.errors import RequestError, ServiceError, StorageFailed
+from .clips import ClipFacts, probe_clip, write_frames
 from .inputs import read_mask, read_picture
 
 MAX_MESSAGE = 64 << 10
 
 
-class Order(msgspec.Struct, frozen=True, kw_only=True):
-    """One picture to decode; with it come three descriptors: the source, the PNG file to write, and for the answer.
+class ClipForm(msgspec.Struct, frozen=True, kw_only=True):
+    """How a clip is to be written: pixels, frames, and frames a second."""
 
-    `what` and `param` name the picture in errors. A mask must have the size `like`.
+    width: int
+    height: int
+    num_frames: int
+    fps: int
+
+    @property
+    def size_bytes(self) -> int:
+        return self.width * self.height * 3 * self.num_frames
+
+
+class Order(msgspec.Struct, frozen=True, kw_only=True):
+    """One picture or clip to decode; with it come three descriptors: the source, the file to write, and for the answer.
+
+    A picture and a mask are written as PNG, a clip as `form` says (`clips.write_frames`), and for a probe nothing is.
+    `what` and `param` name it in errors. A mask must have the size `like`.
     """
 
-    kind: Literal["picture", "mask"]
+    kind: Literal["picture", "mask", "probe", "clip"]
     what: str
     param: str
     max_pixels: int
     like: tuple[int, int] | None = None
+    form: ClipForm | None = None
     memory_bytes: int
+    file_bytes: int
     cpu_s: int
     wall_s: int
 
 
 class Decoded(msgspec.Struct, frozen=True, tag=True):
+    """What was written: its size in pixels."""
+
     width: int
     height: int
 
@@ -53,7 +72,7 @@ class Refused(msgspec.Struct, frozen=True, tag=True):
     is_storage: bool = False
 
 
-Outcome = Decoded | Refused
+Outcome = Decoded | ClipFacts | Refused
 
 
 def main(descriptor: int) -> int:
@@ -81,8 +100,9 @@ def _carry_out(order: Order, source: int, target: int, answer: int) -> None:
     _limit(order)
     with os.fdopen(source, "rb") as read, os.fdopen(target, "wb") as written, socket.socket(fileno=answer) as reply:
         read.seek(0)
-        written.truncate(0)
-        written.seek(0)
+        if order.kind != "probe":  # the second try of an order finds what the first one wrote
+            written.truncate(0)
+            written.seek(0)
         try:
             outcome: Outcome = _decode(order, read, written)
         except ServiceError as error:
@@ -95,7 +115,7 @@ def _limit(order: Order) -> None:
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.alarm(order.wall_s)
     resource.setrlimit(resource.RLIMIT_CPU, (order.cpu_s, order.cpu_s + 1))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (order.memory_bytes, order.memory_bytes))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (order.file_bytes, order.file_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     statm = Path("/proc/self/statm")
     if statm.exists():  # elsewhere the bound on addresses does not hold anyway
@@ -104,21 +124,46 @@ def _limit(order: Order) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
-def _decode(order: Order, source: IO[bytes], target: IO[bytes]) -> Decoded:
+def _decode(order: Order, source: IO[bytes], target: IO[bytes]) -> Decoded | ClipFacts:
+    if order.kind == "probe":
+        return probe_clip(source, order.what, max_pixels=order.max_pixels, param=order.param)
+    try:
+        return _decode_clip(order, source, target) if order.kind == "clip" else _decode_picture(order, source, target)
+    except MemoryError:
+        raise RequestError(f"{order.what}: takes too much memory.", code="invalid_image") from None
+    except OSError as error:
+        raise StorageFailed(f"{order.what}: its copy could not be written: {error.strerror}.") from error
+
+
+def _decode_clip(order: Order, source: IO[bytes], target: IO[bytes]) -> Decoded:
+    form = order.form
+    assert form is not None
+    write_frames(
+        source,
+        order.what,
+        target,
+        width=form.width,
+        height=form.height,
+        fps=form.fps,
+        num_frames=form.num_frames,
+        max_pixels=order.max_pixels,
+        param=order.param,
+    )
+    target.flush()
+    os.fsync(target.fileno())
+    return Decoded(form.width, form.height)
+
+
+def _decode_picture(order: Order, source: IO[bytes], target: IO[bytes]) -> Decoded:
     if order.kind == "mask":
         assert order.like is not None
         picture = read_mask(source, order.like, max_pixels=order.max_pixels)
     else:
         picture = read_picture(source, order.what, max_pixels=order.max_pixels, param=order.param)
     picture.info.clear()  # nothing of the original but its pixels
-    try:
-        picture.save(target, "PNG", compress_level=1)
-        target.flush()
-        os.fsync(target.fileno())
-    except MemoryError:
-        raise RequestError(f"{order.what}: takes too much memory.", code="invalid_image") from None
-    except OSError as error:
-        raise StorageFailed(f"{order.what}: its copy could not be written: {error.strerror}.") from error
+    picture.save(target, "PNG", compress_level=1)
+    target.flush()
+    os.fsync(target.fileno())
     return Decoded(*picture.size)
 
 

@@ -1,4 +1,4 @@
-"""The host's side of decoding pictures of strangers: a warm process that forks for each (`media/decoder`)."""
+"""The host's side of decoding pictures and clips of strangers: a warm process that forks for each (`media/decoder`)."""
 
 from __future__ import annotations
 
@@ -14,12 +14,15 @@ from typing import IO, Literal
 import msgspec
 
 from ..core.errors import EngineLost, RequestError, StorageFailed
-from .decoder import MAX_MESSAGE, Decoded, Order, Outcome
+from .clips import ClipFacts
+from .decoder import MAX_MESSAGE, ClipForm, Decoded, Order, Outcome
 
 log = logging.getLogger(__name__)
 
 CPU_S = 20
 WALL_S = 60
+CLIP_CPU_S = 120
+CLIP_WALL_S = 240
 _MARGIN_BYTES = 256 << 20
 # Decoding, turning, colours and transparency have up to seven copies at a time, of four bytes a pixel.
 _BYTES_PER_PIXEL = 40
@@ -27,9 +30,9 @@ _ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
 
 
 class DecoderPool:
-    """Decodes pictures within bounds. One per server; lives on the event loop.
+    """Decodes pictures and clips within bounds. One per server; lives on the event loop.
 
-    `num_at_once` pictures are decoded side by side, the others wait. The process is started by the first picture, or
+    `num_at_once` of them are decoded side by side, the others wait. The process is started by the first picture, or
     by `start`, and again when it has died.
     """
 
@@ -65,11 +68,35 @@ class DecoderPool:
         `source` is an open file with a descriptor. When this returns the file is on the disk; when it raises it is
         gone. Raises RequestError for what is no picture or passes a bound, StorageFailed when it cannot be written.
         """
-        return await self._decode("picture", source, target, what, param, None)
+        decoded = await self._decode(self._order("picture", what, param), source, target)
+        assert isinstance(decoded, Decoded)
+        return decoded.width, decoded.height
 
     async def mask(self, source: IO[bytes], target: Path, like: tuple[int, int]) -> None:
         """Write a mask to `target` as a grey PNG file, 255 where the picture of size `like` is to be edited."""
-        await self._decode("mask", source, target, "mask", "mask", like)
+        await self._decode(msgspec.structs.replace(self._order("mask", "mask", "mask"), like=like), source, target)
+
+    async def probe(self, source: IO[bytes], what: str, param: str, *, max_pixels: int) -> ClipFacts:
+        """Return what a clip is; `max_pixels` bounds its frames. Raises RequestError for what is no clip."""
+        order = self._order("probe", what, param)
+        facts = await self._decode(msgspec.structs.replace(order, max_pixels=max_pixels), source, None)
+        assert isinstance(facts, ClipFacts)
+        return facts
+
+    async def clip(
+        self, source: IO[bytes], target: Path, what: str, param: str, *, max_pixels: int, form: ClipForm
+    ) -> None:
+        """Write a clip's beginning to `target` as `GenerateRequest.video` has it. Raises as `picture`."""
+        order = self._order("clip", what, param)
+        order = msgspec.structs.replace(
+            order,
+            max_pixels=max_pixels,
+            form=form,
+            file_bytes=form.size_bytes + _MARGIN_BYTES,
+            cpu_s=CLIP_CPU_S,
+            wall_s=CLIP_WALL_S,
+        )
+        await self._decode(order, source, target)
 
     async def close(self) -> None:
         self._closed = True
@@ -82,49 +109,47 @@ class DecoderPool:
             self._process.wait()
         self._process = self._control = None
 
-    async def _decode(
-        self,
-        kind: Literal["picture", "mask"],
-        source: IO[bytes],
-        target: Path,
-        what: str,
-        param: str,
-        like: tuple[int, int] | None,
-    ) -> tuple[int, int]:
-        order = Order(
+    def _order(self, kind: Literal["picture", "mask", "probe", "clip"], what: str, param: str) -> Order:
+        memory_bytes = _MARGIN_BYTES + _BYTES_PER_PIXEL * self._max_pixels
+        return Order(
             kind=kind,
             what=what,
             param=param,
             max_pixels=self._max_pixels,
-            like=like,
-            memory_bytes=_MARGIN_BYTES + _BYTES_PER_PIXEL * self._max_pixels,
+            memory_bytes=memory_bytes,
+            file_bytes=memory_bytes,
             cpu_s=self._cpu_s,
             wall_s=self._wall_s,
         )
+
+    async def _decode(self, order: Order, source: IO[bytes], target: Path | None) -> Decoded | ClipFacts:
         try:
             async with self._slots:
                 outcome = await self._carried_out(order, source, target)
-            if isinstance(outcome, Decoded):
-                return outcome.width, outcome.height
+            if isinstance(outcome, Decoded | ClipFacts):
+                return outcome
         except BaseException:
-            target.unlink(missing_ok=True)
+            _remove(target)
             raise
-        target.unlink(missing_ok=True)
+        _remove(target)
         if outcome is None:
             # It passed a bound, or it broke a decoder: either way nobody needs to know which.
             raise RequestError(
-                f"{what}: could not be decoded within {self._cpu_s} s and {order.memory_bytes >> 20} MiB.",
-                param=param,
-                code="invalid_image",
+                f"{order.what}: could not be decoded within {order.cpu_s} s and {order.memory_bytes >> 20} MiB.",
+                param=order.param,
+                code="invalid_image" if order.kind in ("picture", "mask") else "invalid_video",
             )
         if outcome.is_storage:
             raise StorageFailed(outcome.message)
-        raise RequestError(outcome.message, param=param, code=outcome.code)
+        raise RequestError(outcome.message, param=order.param, code=outcome.code)
 
-    async def _carried_out(self, order: Order, source: IO[bytes], target: Path) -> Outcome | None:
+    async def _carried_out(self, order: Order, source: IO[bytes], target: Path | None) -> Outcome | None:
         """Send an order and wait for its outcome; None when the fork ended without one."""
         try:
-            written = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            if target is None:
+                written = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+            else:
+                written = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise StorageFailed(f"The input pictures could not be kept: {error.strerror}.") from error
         try:
@@ -149,7 +174,7 @@ class DecoderPool:
             ours.setblocking(False)
             with theirs:
                 self._send(msgspec.json.encode(order), [*descriptors, theirs.fileno()])
-            return await self._outcome(ours)
+            return await self._outcome(ours, order.wall_s)
 
     def _send(self, text: bytes, descriptors: list[int]) -> None:
         if self._is_gone():
@@ -168,12 +193,12 @@ class DecoderPool:
         except OSError:
             return True
 
-    async def _outcome(self, reply: socket.socket) -> Outcome | None:
+    async def _outcome(self, reply: socket.socket, wall_s: int) -> Outcome | None:
         loop = asyncio.get_running_loop()
         text = b""
         try:
             # The fork is ended by the system at `wall_s`; this is for a process that never forked.
-            async with asyncio.timeout(self._wall_s + 10):
+            async with asyncio.timeout(wall_s + 10):
                 while chunk := await loop.sock_recv(reply, MAX_MESSAGE):
                     text += chunk
         except TimeoutError:
@@ -181,3 +206,8 @@ class DecoderPool:
             self._stop()
             return None
         return msgspec.json.decode(text, type=Outcome) if text else None
+
+
+def _remove(target: Path | None) -> None:
+    if target is not None:
+        target.unlink(missing_ok=True)

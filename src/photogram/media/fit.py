@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from PIL import Image, ImageOps
 
 Picture = npt.NDArray[np.uint8]
 """One picture, shape (H, W, C): C is 3 (RGB) or 4 (RGBA)."""
@@ -30,3 +30,12 @@ def fit(drawn_HWC: Picture, width: int, height: int) -> Picture:
     box = (left_edge, top_edge, left_edge + box_width, top_edge + box_height)
     enlarged = Image.fromarray(drawn_HWC).resize((width, height), Image.Resampling.LANCZOS, box=box)
     return np.asarray(enlarged)
+
+
+def cover(picture_HWC: Picture, width: int, height: int) -> Picture:
+    """Return a picture of somebody else's at exactly the size: enlarged or reduced until it just covers it (Lanczos),
+    and cropped evenly."""
+    if picture_HWC.shape[:2] == (height, width):
+        return picture_HWC
+    image = Image.fromarray(np.ascontiguousarray(picture_HWC))
+    return np.asarray(ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS))

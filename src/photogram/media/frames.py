@@ -1,4 +1,4 @@
-"""Taking over the frames that a worker left in shared memory."""
+"""Taking over the frames and the sound that a worker left in shared memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ..core.errors import GenerationFailed
-from ..core.messages import FrameBlock
+from ..core.messages import FrameBlock, SoundBlock
+from .clip_file import Sound
 
 # F frames, H/W height and width in pixels, C channels (3 RGB, 4 RGBA)
 Frames = npt.NDArray[np.uint8]
@@ -34,12 +35,31 @@ def take_frames(block: FrameBlock, frames_dir: Path) -> Frames:
     return frames_FHWC
 
 
-def discard_frames(block: FrameBlock, frames_dir: Path) -> None:
-    """Remove frames that nobody wants any more; one that is already gone is fine."""
+def take_sound(block: SoundBlock, frames_dir: Path) -> Sound:
+    """Return the block's samples and remove its name from the folder, as `take_frames` does with pixels."""
+    path = _checked_path(block, frames_dir)
+    try:
+        num_samples, channels = block.shape
+        expected_bytes = 4 * num_samples * channels
+        data = path.read_bytes()
+    except OSError as error:
+        raise GenerationFailed(f"sound at '{path}' cannot be read: {error.strerror}.") from error
+    finally:
+        _remove(path)
+    if channels not in (1, 2) or block.rate < 1 or len(data) != expected_bytes:
+        raise GenerationFailed(
+            f"sound at '{path}': {len(data)} bytes for shape {block.shape}, 1 or 2 channels, at {block.rate} a second."
+        )
+    samples = np.frombuffer(data, np.float32).reshape(num_samples, channels)
+    return Sound(np.nan_to_num(samples), block.rate)
+
+
+def discard_frames(block: FrameBlock | SoundBlock, frames_dir: Path) -> None:
+    """Remove frames or sound that nobody wants any more; what is already gone is fine."""
     _remove(_checked_path(block, frames_dir))
 
 
-def _checked_path(block: FrameBlock, frames_dir: Path) -> Path:
+def _checked_path(block: FrameBlock | SoundBlock, frames_dir: Path) -> Path:
     path = Path(block.path)
     # The folder is resolved, the name is not: a link in it must not lead out (it is refused when it is opened).
     if path.name in ("", "..") or path.parent.resolve() != frames_dir.resolve():

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import ParamSpec, TypeVar
@@ -14,11 +15,11 @@ from typing import ParamSpec, TypeVar
 import numpy as np
 
 from ..core.errors import EngineLost, GenerationFailed
-from ..core.messages import FrameBlock
+from ..core.messages import FrameBlock, SoundBlock
 from ..core.request import OutputSpec
-from .clip_file import encode_mp4
+from .clip_file import after_silence, encode_mp4
 from .fit import fit
-from .frames import Frames, discard_frames, take_frames
+from .frames import Frames, discard_frames, take_frames, take_sound
 from .image_file import FILE_TYPES, encode_image
 from .inputs import keep_outside
 from .provenance import Provenance
@@ -69,13 +70,19 @@ class MediaPool:
         """
         return await self._encoded(_encode_picture, block, output, provenance)
 
-    async def encode_clip(self, block: FrameBlock, output: OutputSpec, provenance: Provenance | None) -> EncodedClip:
+    async def encode_clip(
+        self, block: FrameBlock, output: OutputSpec, provenance: Provenance | None, sound: SoundBlock | None = None
+    ) -> EncodedClip:
         """Return the block's frames as an MP4 file of exactly the output's size and frame rate.
 
-        The block's file is gone afterwards, as with `encode_picture`. Raises GenerationFailed for a block that is no
+        The blocks' files are gone afterwards, as with `encode_picture`. Raises GenerationFailed for a block that is no
         clip and EngineLost once the pool is closed.
         """
-        return await self._encoded(_encode_clip, block, output, provenance)
+        try:
+            return await self._encoded(partial(_encode_clip, sound), block, output, provenance)
+        finally:
+            if sound is not None:
+                discard_frames(sound, self._frames_dir)
 
     async def still(self, clip: bytes, variant: str) -> bytes:
         """Return a picture of a finished clip: `variant` is a key of `STILLS`."""
@@ -106,8 +113,8 @@ class MediaPool:
         except RuntimeError as error:
             raise EngineLost("the server is stopping; send the request again later.") from error
 
-    def discard(self, block: FrameBlock) -> None:
-        """Remove the frames of a job that nobody waits for any more."""
+    def discard(self, block: FrameBlock | SoundBlock) -> None:
+        """Remove the frames or the sound of a job that nobody waits for any more."""
         discard_frames(block, self._frames_dir)
 
     def close(self) -> None:
@@ -132,7 +139,9 @@ def _encode_picture(
     )
 
 
-def _encode_clip(block: FrameBlock, frames_dir: Path, output: OutputSpec, provenance: Provenance | None) -> EncodedClip:
+def _encode_clip(
+    sound: SoundBlock | None, block: FrameBlock, frames_dir: Path, output: OutputSpec, provenance: Provenance | None
+) -> EncodedClip:
     frames_FHWC = take_frames(block, frames_dir)
     if output.format != "mp4" or output.fps is None or frames_FHWC.shape[3] != 3:
         raise GenerationFailed(
@@ -145,7 +154,11 @@ def _encode_clip(block: FrameBlock, frames_dir: Path, output: OutputSpec, proven
         frames_FHWC = frames_FHWC[1:]
     drawn = (fit(frame_HWC, output.width, output.height) for frame_HWC in frames_FHWC)
     frames = drawn if earlier_FHWC is None else chain(earlier_FHWC, drawn)
-    data = encode_mp4(frames, output.width, output.height, output.fps, output.compression, provenance)
+    heard = None if sound is None else take_sound(sound, frames_dir)
+    if heard is not None and earlier_FHWC is not None:
+        # The first frame that was drawn is the last one of what comes before.
+        heard = after_silence(heard, (len(earlier_FHWC) - 1) / output.fps)
+    data = encode_mp4(frames, output.width, output.height, output.fps, output.compression, provenance, heard)
     return EncodedClip(
         data=data,
         content_type=FILE_TYPES["mp4"].content_type,

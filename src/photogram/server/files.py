@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import tempfile
+from collections.abc import AsyncIterator, Callable
 from typing import IO, Literal
 
 from starlette.requests import Request
@@ -52,6 +53,30 @@ async def finished_image(store: JobStore, image_id: str, owner: str, variant: in
     return record
 
 
+async def owned_video(store: JobStore, video_id: str, owner: str) -> JobRecord:
+    """Return the record of a clip, whatever its state. Raises NotFound for an unknown id and another owner's clip."""
+    unknown = NotFound(f"No video {video_id[:100]!r}.", param="video_id", code="video_not_found")
+    try:
+        record = await store.get(video_id)
+    except NotFound:
+        raise unknown from None
+    if record.owner != owner or record.kind != "video":
+        raise unknown
+    return record
+
+
+async def finished_video(store: JobStore, video_id: str, owner: str) -> JobRecord:
+    """Return the record of a clip that can be fetched. Raises NotFound, also where it is not or will never be there."""
+    record = await owned_video(store, video_id, owner)
+    if record.state == "failed":
+        raise NotFound(f"Video '{video_id}' failed: {record.error_message}", code="video_failed")
+    if record.state == "cancelled":
+        raise NotFound(f"Video '{video_id}' was cancelled.", code="video_failed")
+    if record.state != "completed":
+        raise NotFound(f"Video '{video_id}' is not ready: it is {record.state}.", code="video_not_ready")
+    return record
+
+
 async def open_content(store: JobStore, storage: Storage, content_id: str, owner: str) -> IO[bytes]:
     """Open a copy of a finished picture or clip of this owner; the caller closes it. Raises NotFound."""
     try:
@@ -82,12 +107,27 @@ async def file_answer(request: Request, record: JobRecord, storage: Storage) -> 
         size = await storage.size(key)
     except NotFound:
         raise NotFound(f"The file of '{record.job_id}' is gone.", code="file_not_found") from None
-    etag = f'"{key}"'
+    return _ranged(request, key, size, content_type, lambda start, end: storage.read(key, start, end))
+
+
+def data_answer(request: Request, data: bytes, name: str, content_type: str) -> Response:
+    """Return what was made of a file that never changes, under a name of its own, as `file_answer` returns files."""
+
+    async def read(start: int, end: int) -> AsyncIterator[bytes]:
+        yield data[start:end]
+
+    return _ranged(request, name, len(data), content_type, read)
+
+
+def _ranged(
+    request: Request, name: str, size: int, content_type: str, read: Callable[[int, int], AsyncIterator[bytes]]
+) -> Response:
+    etag = f'"{name}"'
     headers = {
         "etag": etag,
         "accept-ranges": "bytes",
         "cache-control": "private, max-age=31536000, immutable",
-        "content-disposition": f'inline; filename="{key}"',
+        "content-disposition": f'inline; filename="{name}"',
         "x-content-type-options": "nosniff",
     }
     if etag in request.headers.get("if-none-match", ""):
@@ -107,7 +147,7 @@ async def file_answer(request: Request, record: JobRecord, storage: Storage) -> 
     headers["content-length"] = str(end - start)
     if request.method == "HEAD":
         return Response(status_code=status, headers=headers, media_type=content_type)
-    return StreamingResponse(storage.read(key, start, end), status, headers, content_type)
+    return StreamingResponse(read(start, end), status, headers, content_type)
 
 
 def _span(wanted: str, size: int) -> tuple[int, int] | Literal["unsatisfiable"] | None:
