@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import httpx
 import openai
 import pytest
 
@@ -150,9 +151,9 @@ def test_description_matches_the_routes_and_the_table(server):
     assert properties["n"]["minimum"] == 1
     for path, methods in document["paths"].items():
         for method in methods:
-            concrete = path.format(image_id="x", model="acme/painter-1")
-            answer = server.get(concrete) if method == "get" else server.post(concrete, json={})
-            assert answer.status_code in (200, 400) or answer.json()["error"]["code"] == "image_not_found"
+            concrete = re.sub(r"{\w+}", "x", path.replace("{model}", "acme/painter-1"))
+            answer = httpx.request(method, server.url + concrete, json={} if method == "post" else None, timeout=20)
+            assert answer.status_code in (200, 400) or answer.json()["error"]["code"].endswith("_not_found")
 
 
 def test_every_reference_in_the_description_resolves(server):

@@ -91,6 +91,7 @@ class ServeConfig:
     # --- results
     data_dir: str = setting("~/.local/share/photogram", "folder for the job store and finished files")
     keep: str = setting("7d,20GB", "how long and how much finished work is kept: age, size or both")
+    keep_uploads: str = setting("7d,5GB", "how long uploaded files are kept, and how much of them for each key")
     metadata: bool = setting(True, "write prompt, seed, steps and model into files")
     # --- sampling
     deterministic: bool = setting(False, "run every job's calls alone: same bytes at any load")
@@ -130,6 +131,7 @@ class ServeConfig:
         if self.public_url is not None and not re.match(r"https?://[^/]", self.public_url):
             raise ConfigError(f"--public-url '{self.public_url}': must start with http:// or https://.")
         parse_keep(self.keep)
+        parse_keep(self.keep_uploads, "--keep-uploads")
 
     @property
     def data_path(self) -> Path:
@@ -180,7 +182,7 @@ _SECONDS = {"m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 _BYTES = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
 
-def parse_keep(text: str) -> Keep:
+def parse_keep(text: str, flag: str = "--keep") -> Keep:
     """Parse ``7d,20GB``, ``12h``, ``500MB`` or ``forever``. Raises ConfigError for anything else."""
     age_s: float | None = None
     size_bytes: int | None = None
@@ -194,7 +196,7 @@ def parse_keep(text: str) -> Keep:
         elif match and unit in _BYTES and size_bytes is None:
             size_bytes = int(float(match.group(1)) * _BYTES[unit])
         else:
-            raise ConfigError(f"--keep '{text}': expected an age (12h, 7d), a size (20GB) or both as '7d,20GB'.")
+            raise ConfigError(f"{flag} '{text}': expected an age (12h, 7d), a size (20GB) or both as '7d,20GB'.")
     return Keep(age_s=age_s, size_bytes=size_bytes)
 
 

@@ -198,6 +198,13 @@ class JobStore:
 
         return await self._run(fail, promise=True)
 
+    async def transact(self, work: Callable[[Connection], Result], *, promise: bool = False) -> Result:
+        """Run statements on another table of the database, in one transaction and in the store's own thread.
+
+        `promise` waits for the disk. Raises Conflict and StorageFailed as the store's own methods do.
+        """
+        return await self._run(work, promise=promise)
+
     async def check_writable(self) -> None:
         """Raise StorageFailed when nothing could be committed now."""
         nothing = update(jobs).where(jobs.c.position == -1).values(attempts=0)

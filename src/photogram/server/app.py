@@ -19,21 +19,31 @@ from .inputs import Intake
 from .openapi import describe_api
 from .problems import on_error
 from .resolve import Resolver
+from .routes.files import file_routes
 from .routes.images import image_routes
 from .routes.models import model_routes
 from .routes.page import page_routes
 from .routes.probes import probe_routes
 from .service import Service
+from .uploads import Uploads
 
 
 def create_app(
-    config: ServeConfig, engine: Engine, service: Service, store: JobStore, storage: Storage, keys: Keys, intake: Intake
+    config: ServeConfig,
+    engine: Engine,
+    service: Service,
+    store: JobStore,
+    storage: Storage,
+    keys: Keys,
+    intake: Intake,
+    uploads: Uploads,
 ) -> Starlette:
     """Return the application over what it needs; building it starts nothing."""
     routes = [
         *page_routes(config, describe_api),
         *probe_routes(engine, lambda: service.is_draining),
         *model_routes(engine, config.model_path, int(time.time()), lambda: service.num_jobs),
+        *file_routes(config, uploads),
         *image_routes(config, service, store, storage, Resolver(config=config), intake),
     ]
     app = Starlette(

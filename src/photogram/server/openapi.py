@@ -7,6 +7,7 @@ import msgspec
 from .. import __version__
 from ..core.config import ServeConfig
 from .fields import MAX_INT, Field
+from .file_schemas import FileDeleted, FileList, FileObject
 from .problems import ErrorBody
 from .schemas import (
     Health,
@@ -21,7 +22,10 @@ from .schemas import (
     image_fields,
 )
 
-_ANSWERS = (ImagesAnswer, ModelFacts, ModelList, Model, ModelInfo, Health, Readiness, ServerInfo, ErrorBody)
+_ANSWERS = (
+    *(ImagesAnswer, ModelFacts, ModelList, Model, ModelInfo, Health, Readiness, ServerInfo),
+    *(FileObject, FileList, FileDeleted, ErrorBody),
+)
 _REFERENCE = "#/components/schemas/{name}"
 _JSON_TYPES = {"int": "integer", "float": "number", "bool": "boolean", "str": "string", "word": "string"}
 
@@ -129,6 +133,7 @@ def _paths() -> JSONSchema:
                 },
             }
         },
+        **_file_paths(file),
         "/models": _get("getServedModel", "The served model", ModelFacts),
         "/v1/models": _get("listModels", "The served model, as OpenAI lists models", ModelList),
         "/v1/models/{model}": _get("getModel", "One model; its id may contain slashes", Model, model),
@@ -136,6 +141,25 @@ def _paths() -> JSONSchema:
         "/health": _get("getHealth", "Whether the server lives", Health),
         "/ready": _get("getReadiness", "Whether the server can make pictures now: 200 or 503", Readiness),
         "/server_info": _get("getServerInfo", "The server's version and load", ServerInfo),
+    }
+
+
+def _file_paths(file: JSONSchema) -> JSONSchema:
+    file_id = {"name": "file_id", "in": "path", "required": True, "schema": {"type": "string"}}
+    upload = {
+        "type": "object",
+        "required": ["file", "purpose"],
+        "properties": {"file": file, "purpose": {"type": "string"}, "expires_after": {"type": "object"}},
+    }
+    removed = _get("deleteFile", "Remove an uploaded file", FileDeleted, file_id)["get"]
+    created = _get("createFile", "Upload a file to name it by id later", FileObject)["get"]
+    created["requestBody"] = {"required": True, "content": {"multipart/form-data": {"schema": upload}}}
+    binary = {"description": "The bytes", "content": {"application/octet-stream": {"schema": file}}}
+    content = {"operationId": "getFileContent", "summary": "An uploaded file's bytes", "parameters": [file_id]}
+    return {
+        "/v1/files": {**_get("listFiles", "This key's uploaded files", FileList), "post": created},
+        "/v1/files/{file_id}": {**_get("getFile", "One uploaded file", FileObject, file_id), "delete": removed},
+        "/v1/files/{file_id}/content": {"get": {**content, "responses": {"200": binary, "default": _reply(ErrorBody)}}},
     }
 
 

@@ -15,14 +15,14 @@ from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ..core.card import ModelCard
 from ..core.config import ServeConfig, parse_keep
-from ..core.errors import ConfigError, EngineLost, NotFound, StorageFailed
+from ..core.errors import ConfigError, EngineLost, StorageFailed
 from ..engine import Engine
 from .answers import json_answer
 from .problems import answer
@@ -152,13 +152,17 @@ class _Host:
         self.service = service
         self.app = app
         self._data = data
-        self._pruning = asyncio.create_task(data.keep_pruning(config))
+        self._tasks = [
+            asyncio.create_task(data.keep_pruning(config)),
+            asyncio.create_task(data.uploads.keep_sweeping()),
+        ]
 
     @staticmethod
     async def build(config: ServeConfig, make_engine: EngineFactory) -> _Host:
         data = await asyncio.to_thread(_Data, config)
         try:
             await data.recover()
+            await data.uploads.open()
             return _wire(config, data, make_engine)
         except BaseException:
             await data.close()
@@ -172,8 +176,9 @@ class _Host:
         await self.service.wait_idle()
 
     async def close(self) -> None:
-        self._pruning.cancel()
-        await asyncio.wait({self._pruning})
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.wait(self._tasks)
         await self._data.close()
 
 
@@ -183,16 +188,21 @@ class _Data:
     def __init__(self, config: ServeConfig) -> None:
         from ..engine.frames_folder import frames_folder
         from ..jobs.store import open_store
+        from ..jobs.uploads import UploadStore
         from ..media.decoder_pool import DecoderPool
         from ..media.pool import MediaPool
         from ..net.client import Outbound
         from ..storage.local import LocalStorage
         from .inputs import INPUTS
+        from .uploads import Uploads
 
         self.outbound = Outbound(config.allow_url_host)
         self._inputs = config.data_path / INPUTS
         self.store = open_store(config.data_path)
         self.storage = LocalStorage(config.data_path / "files")
+        self.uploads = Uploads(
+            UploadStore(self.store), LocalStorage(config.data_path / "uploads"), parse_keep(config.keep_uploads)
+        )
         self._folder = ExitStack()
         self.frames_dir = self._folder.enter_context(frames_folder())
         self.media = MediaPool(self.frames_dir)
@@ -239,15 +249,11 @@ def _wire(config: ServeConfig, data: _Data, make_engine: EngineFactory) -> _Host
         data.outbound if config.fetch_urls else None,
         max_bytes=config.max_upload_mb * 1_000_000,
         open_content=partial(open_content, data.store, data.storage),
-        open_file=_no_files,
+        open_file=data.uploads.open_file,
         public_url=config.public_url,
     )
-    app = create_app(config, engine, service, data.store, data.storage, keys, intake)
+    app = create_app(config, engine, service, data.store, data.storage, keys, intake, data.uploads)
     return _Host(config, data, engine, service, app)
-
-
-async def _no_files(file_id: str, owner: str) -> IO[bytes]:
-    raise NotFound(f"no file {file_id[:100]!r}.", code="file_not_found")
 
 
 async def _until_started(server: _Server, listening: asyncio.Task[None]) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
+import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 from ..core.errors import ConfigError, NotFound, StorageFailed
 from . import check_key
@@ -30,7 +31,7 @@ class LocalStorage:
         except OSError as error:
             raise ConfigError(f"storage folder '{root}': cannot be written ({error.strerror}).") from error
 
-    async def put(self, key: str, data: bytes, content_type: str) -> None:
+    async def put(self, key: str, data: bytes | IO[bytes], content_type: str) -> None:
         """Write, wait for the disk, and rename. The content type is the key's suffix here and is not kept."""
         await asyncio.to_thread(self._put, self._path(key), data)
 
@@ -61,8 +62,12 @@ class LocalStorage:
         except OSError as error:
             raise _absent_or_failed(f"file '{key}'", error) from error
 
-    def local_path(self, key: str) -> Path | None:
+    def local_path(self, key: str) -> Path:
         return self._path(key)
+
+    async def keys(self) -> list[str]:
+        """Return the keys of all files, in no order."""
+        return await asyncio.to_thread(lambda: [path.name for path in self._root.glob("??/??/*")])
 
     async def delete(self, key: str) -> None:
         path = self._path(key)
@@ -81,7 +86,7 @@ class LocalStorage:
         digits = check_key(key).partition("_")[2]
         return self._root / digits[:2] / digits[2:4] / key
 
-    def _put(self, path: Path, data: bytes) -> None:
+    def _put(self, path: Path, data: bytes | IO[bytes]) -> None:
         # Two writers of one key must not share a partial file.
         partial = self._partial / f"{path.name}.{secrets.token_hex(4)}"
         try:
@@ -96,7 +101,7 @@ class LocalStorage:
                 written.unlink(missing_ok=True)
                 raise
         except OSError as error:
-            raise _failed(f"file '{path.name}' of {len(data)} bytes", error) from error
+            raise _failed(f"file '{path.name}'", error) from error
 
     def _check(self) -> None:
         probe = self._partial / f"probe.{secrets.token_hex(4)}"
@@ -109,11 +114,14 @@ class LocalStorage:
             raise _failed(f"storage folder '{self._root}'", error) from error
 
 
-def _write(path: Path, data: bytes) -> None:
+def _write(path: Path, data: bytes | IO[bytes]) -> None:
     """Write a new file and return when it is on the disk."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     with os.fdopen(descriptor, "wb") as file:
-        file.write(data)
+        if isinstance(data, bytes):
+            file.write(data)
+        else:
+            shutil.copyfileobj(data, file, _CHUNK_BYTES)
         file.flush()
         os.fsync(file.fileno())
 
