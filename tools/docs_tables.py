@@ -14,6 +14,7 @@ from photogram.cli.doctor import KNOWN_MODELS
 from photogram.cli.flags import Flag, flags
 from photogram.core.config import ServeConfig
 from photogram.server.fields import MAX_INT, Field
+from photogram.server.lora_fields import SET_FIELDS
 from photogram.server.schemas import image_fields
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -37,6 +38,11 @@ def image_request() -> str:
     fields = image_fields(ServeConfig().max_steps)
     rows = [f"| {names(field)} | {kind(field)} | {cell(field.help)} |" for field in fields]
     return "\n".join(("| field | values | meaning |", "|---|---|---|", *rows))
+
+
+def set_lora() -> str:
+    """One row for each field of `POST /v1/set_lora`."""
+    return "\n".join(("| field | meaning |", "|---|---|", *(f"| `{f.name}` | {cell(f.help)} |" for f in SET_FIELDS)))
 
 
 def names(field: Field) -> str:
@@ -79,6 +85,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "configuration": configuration,
     "known-models": known_models,
     "image-request": image_request,
+    "set-lora": set_lora,
 }
 
 

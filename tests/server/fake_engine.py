@@ -2,12 +2,14 @@
 
 What a job does is told by words in its prompt: ``hold`` waits until it is released or cancelled, ``fail:<code>`` ends
 with that error, ``slow`` takes five seconds more, ``explode`` sends a block that is no picture, ``warn`` finishes with
-a warning.
+a warning. A LoRA file is taken for the layers whose names begin with a module of the card (``transformer.``); one
+that has none of them is refused, as the real engine does.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
 import threading
@@ -17,9 +19,10 @@ from pathlib import Path
 import numpy as np
 
 from photogram.core.card import ModelCard
-from photogram.core.errors import ConfigError, EngineLost
+from photogram.core.errors import ConfigError, EngineLost, RequestError
+from photogram.core.lora import LoadedLora, LoraState
 from photogram.core.messages import Failed, Finished, FrameBlock, Preview, Progress
-from photogram.core.request import GenerateRequest
+from photogram.core.request import GenerateRequest, LoraUse
 from photogram.engine import EngineState, EngineStatus, Listener
 
 
@@ -38,6 +41,7 @@ def image_card(**changes) -> ModelCard:
         "default_steps": 4,
         "default_guidance": 2.5,
         "max_input_images": 4,
+        "lora_modules": ("transformer", "text_encoder"),
         "quality_steps": {"low": 2, "high": 8},
         "parameters": {"eta": "float", "max_sequence_length": "int", "prompt_2": "str", "sigmas": "json"},
         "precisions": {"transformer": "bf16", "vae": "fp32"},
@@ -76,6 +80,11 @@ class FakeEngine:
         self.seen: dict[str, GenerateRequest] = {}
         self.cancelled: list[str] = []
         self.stopped = False
+        self.active: tuple[LoraUse, ...] = ()
+        self.merged = False
+        self.loaded: dict[str, LoadedLora] = {}
+        self.lora_calls: list[tuple[str, tuple[LoraUse, ...]]] = []
+        self.lora_pause_s = 0.0
         self._jobs: dict[str, asyncio.Task[None]] = {}
         self._ready = asyncio.Event()
 
@@ -107,6 +116,33 @@ class FakeEngine:
         if job_id in self._jobs:
             self.cancelled.append(job_id)
             self._jobs[job_id].cancel()
+
+    async def set_loras(self, uses: tuple[LoraUse, ...], *, merged: bool = True) -> LoraState:
+        self.lora_calls.append(("set", uses))
+        await asyncio.sleep(self.lora_pause_s)
+        loaded = {use.path: self._load(use) for use in uses}
+        self.loaded |= loaded
+        self.active, self.merged = uses, merged
+        return LoraState(loaded=tuple(self.loaded.values()))
+
+    async def prepare_loras(self, uses: tuple[LoraUse, ...] = (), *, pinned: bool = False) -> LoraState:
+        self.lora_calls.append(("prepare", uses))
+        self.loaded |= {use.path: self._load(use) for use in uses}
+        return LoraState(loaded=tuple(self.loaded.values()))
+
+    def _load(self, use: LoraUse) -> LoadedLora:
+        data = Path(use.path).read_bytes()
+        names = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        layers = {
+            module: sum(name.startswith(f"{module}.") and "lora_A" in name for name in names)
+            for module in self.full_card.lora_modules
+        }
+        if not any(layers.values()):
+            raise RequestError(f"LoRA '{use.path}': not made for this model.", param="lora_path", code="invalid_lora")
+        return LoadedLora(
+            nickname=use.nickname, path=use.path, size_bytes=len(data), rank=2,
+            num_layers={module: num for module, num in layers.items() if num},
+        )  # fmt: skip
 
     async def stop(self, grace_s: float) -> None:
         running = list(self._jobs.values())

@@ -24,6 +24,7 @@ def test_models_has_the_seven_keys_of_the_seed(server):
             "num_gpus": 1,
             "dit_precision": "bf16",
             "vae_precision": "fp32",
+            "supports_lora": True,
         }
 
 

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import msgspec
 
 from .errors import ConfigError
+from .request import MAX_LORA_STRENGTH
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 StepCache = Literal["none", "first-block"]
@@ -64,6 +65,14 @@ class ServeConfig:
     device: str = setting("auto", "auto, cpu, cuda or cuda:N")
     precision: Precision = setting("auto", "weights and arithmetic: auto, fp32, bf16 or fp16")
     warmup: bool = setting(True, "run one short generation before reporting ready")
+    # --- LoRA
+    lora_path: tuple[str, ...] = setting((), "LoRA to set at the start: file, folder or hub id; may be repeated")
+    lora_nickname: tuple[str, ...] = setting((), "its nickname; default: 'default', or file names for several")
+    lora_scale: tuple[float, ...] = setting((), "its strength; default: 1.0; one for all, or one for each")
+    lora_dir: tuple[str, ...] = setting((), "folder of LoRA files that requests may name; may be repeated")
+    lora_hub: bool = setting(True, "let requests name LoRAs of the Hugging Face hub")
+    allow_local_paths: bool = setting(False, "let requests name any LoRA file; always so on a loopback address")
+    max_lora_mb: int = setting(8192, "size of one LoRA file, MB, at most")
     # --- network
     host: str = setting("127.0.0.1", "address to listen on")
     port: int = setting(30000, "port to listen on")
@@ -111,6 +120,7 @@ class ServeConfig:
             "max_upload_mb",
             "max_pixels",
             "max_frames",
+            "max_lora_mb",
         ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1.")
@@ -132,6 +142,19 @@ class ServeConfig:
             raise ConfigError(f"--public-url '{self.public_url}': must start with http:// or https://.")
         parse_keep(self.keep)
         parse_keep(self.keep_uploads, "--keep-uploads")
+        self._check_loras()
+
+    def _check_loras(self) -> None:
+        num = len(self.lora_path)
+        if len(self.lora_nickname) not in (0, num):
+            raise ConfigError(f"--lora-nickname: {len(self.lora_nickname)} of them for {num} of --lora-path.")
+        if len(self.lora_scale) not in (0, 1, num) or (self.lora_scale and not num):
+            raise ConfigError(f"--lora-scale: {len(self.lora_scale)} of them for {num} of --lora-path.")
+        for scale in self.lora_scale:
+            if not abs(scale) <= MAX_LORA_STRENGTH:
+                raise ConfigError(
+                    f"--lora-scale {scale}: must be between {-MAX_LORA_STRENGTH} and {MAX_LORA_STRENGTH}."
+                )
 
     @property
     def data_path(self) -> Path:

@@ -21,7 +21,7 @@ from .errors import RequestError
 MAX_HEADER_BYTES = 16 << 20
 MAX_TENSORS = 65_536
 MAX_NDIM = 8
-MAX_RANK = 2048
+MAX_RANK = 4096
 SUFFIX = ".safetensors"
 
 _ITEM_BYTES = {
@@ -74,14 +74,14 @@ def open_lora(path: str | Path, *, shown: str, param: str | None) -> BinaryIO:
         raise RequestError(f"LoRA '{shown}' cannot be read: {reason}.", param=param, code="lora_not_found") from None
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise RequestError(f"LoRA '{shown}' is not a regular file.", param=param, code="invalid_lora_file")
+        raise RequestError(f"LoRA '{shown}' is not a regular file.", param=param, code="invalid_lora")
     return os.fdopen(descriptor, "rb")
 
 
 def read_header(file: BinaryIO, *, shown: str, max_bytes: int, param: str | None = None) -> LoraHeader:
     """Return the checked header of an open file; the file then stands at the first tensor.
 
-    Raises RequestError with code ``invalid_lora_file`` and a sentence that names the file as `shown`.
+    Raises RequestError with code ``invalid_lora`` and a sentence that names the file as `shown`.
     """
     try:
         return _read(file, max_bytes)
@@ -89,7 +89,7 @@ def read_header(file: BinaryIO, *, shown: str, max_bytes: int, param: str | None
         message = f"LoRA '{shown}' {refused}."
     except OSError as error:
         message = f"LoRA '{shown}' cannot be read: {error.strerror}."
-    raise RequestError(message, param=param, code="invalid_lora_file")
+    raise RequestError(message, param=param, code="invalid_lora")
 
 
 class _Refused(Exception):

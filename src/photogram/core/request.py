@@ -12,6 +12,8 @@ import msgspec
 Task = Literal["T2I", "I2I", "TI2I", "T2V", "I2V", "TI2V", "V2V"]
 LoraTarget = Literal["all", "transformer", "transformer_2", "critic"]
 ImageFormat = Literal["png", "jpeg", "webp"]
+MAX_LORA_STRENGTH = 10.0
+"""Either way; what lies beyond is a slip of the hand, and noise."""
 JSONValue = Any
 """Any JSON value; msgspec has no recursive type for it."""
 

@@ -19,7 +19,7 @@ from PIL import Image
 from .. import __version__
 from ..core.card import ModelCard
 from ..core.errors import RequestError
-from ..core.request import GenerateRequest, OutputSpec
+from ..core.request import GenerateRequest, LoraTarget, OutputSpec
 
 _SOFTWARE, _DESCRIPTION, _USER_COMMENT, _EXIF_IFD = 0x0131, 0x010E, 0x9286, 0x8769
 _JPEG_SEGMENT_BYTES = 65533
@@ -27,6 +27,12 @@ _EXIF_HEADER = b"Exif\0\0"
 _XMP_HEADER = b"http://ns.adobe.com/xap/1.0/\0"
 _ASCII, _UNICODE = b"ASCII\0\0\0", b"UNICODE\0"
 _GENERATED = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
+
+
+class UsedLora(msgspec.Struct, frozen=True, omit_defaults=True):
+    nickname: str
+    strength: float
+    target: LoraTarget = "all"
 
 
 class Provenance(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -46,6 +52,7 @@ class Provenance(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     fps: int | None = None
     model: str
     revision: str | None = None
+    loras: tuple[UsedLora, ...] = ()
     software: str = f"photogram {__version__}"
     shortened: bool = False
 
@@ -69,7 +76,13 @@ def describe(request: GenerateRequest, output: OutputSpec, card: ModelCard) -> P
         fps=request.fps if output.format == "mp4" else None,
         model=card.name,
         revision=card.revision,
+        loras=used_loras(request),
     )
+
+
+def used_loras(request: GenerateRequest) -> tuple[UsedLora, ...]:
+    """Return a request's LoRAs, without where their files lie."""
+    return tuple(UsedLora(use.nickname, use.strength, use.target) for use in request.loras)
 
 
 def png_texts(provenance: Provenance) -> tuple[tuple[str, str], ...]:

@@ -16,11 +16,13 @@ from ..storage import Storage
 from .auth import Keys
 from .border import Border
 from .inputs import Intake
+from .loras import Loras
 from .openapi import describe_api
 from .problems import on_error
 from .resolve import Resolver
 from .routes.files import file_routes
 from .routes.images import image_routes
+from .routes.loras import lora_routes
 from .routes.models import model_routes
 from .routes.page import page_routes
 from .routes.probes import probe_routes
@@ -32,6 +34,7 @@ def create_app(
     config: ServeConfig,
     engine: Engine,
     service: Service,
+    loras: Loras,
     store: JobStore,
     storage: Storage,
     keys: Keys,
@@ -42,9 +45,10 @@ def create_app(
     routes = [
         *page_routes(config, describe_api),
         *probe_routes(engine, lambda: service.is_draining),
-        *model_routes(engine, config.model_path, int(time.time()), lambda: service.num_jobs),
+        *model_routes(engine, loras, config.model_path, int(time.time()), lambda: service.num_jobs),
         *file_routes(config, uploads),
-        *image_routes(config, service, store, storage, Resolver(config=config), intake),
+        *image_routes(config, service, loras, store, storage, Resolver(config=config), intake),
+        *lora_routes(service, loras, keys),
     ]
     app = Starlette(
         routes=routes,

@@ -17,7 +17,8 @@ MAX_PREVIEWS = 3
 
 _AS_FOR_PICTURES = (
     "model", "size", "width", "height", "negative_prompt", "seed", "num_inference_steps", "guidance_scale",
-    "true_cfg_scale", "quality", "output_quality", "output_compression", "priority", "deterministic", "task_type",
+    "true_cfg_scale", "quality", "output_quality", "output_compression", "priority", "loras", "deterministic",
+    "task_type",
 )  # fmt: skip
 _OTHERWISE = {
     "negative_prompt": "What the clip shall not show.",

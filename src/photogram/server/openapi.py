@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import msgspec
 
 from .. import __version__
 from ..core.config import ServeConfig
 from .fields import MAX_INT, Field
 from .file_schemas import FileDeleted, FileList, FileObject
+from .lora_fields import MERGE_FIELDS, SET_FIELDS, UNMERGE_FIELDS
 from .problems import ErrorBody
 from .schemas import (
     Health,
     ImagesAnswer,
     JSONSchema,
+    LoraChanged,
+    LoraListing,
     Model,
     ModelFacts,
     ModelInfo,
@@ -24,6 +29,7 @@ from .schemas import (
 
 _ANSWERS = (
     *(ImagesAnswer, ModelFacts, ModelList, Model, ModelInfo, Health, Readiness, ServerInfo),
+    *(LoraChanged, LoraListing),
     *(FileObject, FileList, FileDeleted, ErrorBody),
 )
 _REFERENCE = "#/components/schemas/{name}"
@@ -134,6 +140,10 @@ def _paths() -> JSONSchema:
             }
         },
         **_file_paths(file),
+        "/v1/set_lora": _change_loras("setLora", "Load LoRAs and merge them", SET_FIELDS, "lora_nickname"),
+        "/v1/merge_lora_weights": _change_loras("mergeLora", "Merge what is set", MERGE_FIELDS),
+        "/v1/unmerge_lora_weights": _change_loras("unmergeLora", "Take out what is merged", UNMERGE_FIELDS),
+        "/v1/list_loras": _get("listLoras", "The known LoRAs and the active set", LoraListing),
         "/models": _get("getServedModel", "The served model", ModelFacts),
         "/v1/models": _get("listModels", "The served model, as OpenAI lists models", ModelList),
         "/v1/models/{model}": _get("getModel", "One model; its id may contain slashes", Model, model),
@@ -161,6 +171,15 @@ def _file_paths(file: JSONSchema) -> JSONSchema:
         "/v1/files/{file_id}": {**_get("getFile", "One uploaded file", FileObject, file_id), "delete": removed},
         "/v1/files/{file_id}/content": {"get": {**content, "responses": {"200": binary, "default": _reply(ErrorBody)}}},
     }
+
+
+def _change_loras(operation: str, summary: str, fields: Iterable[Field], *required: str) -> JSONSchema:
+    schema: JSONSchema = {"type": "object", "properties": {field.name: _field(field, field.name) for field in fields}}
+    body = {"required": bool(required), "content": {"application/json": {"schema": schema}}}
+    if required:
+        schema["required"] = list(required)
+    replies = {"200": _reply(LoraChanged), "default": _reply(ErrorBody)}
+    return {"post": {"operationId": operation, "summary": summary, "requestBody": body, "responses": replies}}
 
 
 def _get(operation: str, summary: str, answer: type, *parameters: JSONSchema) -> JSONSchema:

@@ -26,6 +26,7 @@ from .edits import edit_task, like
 from .fields import MAX_INT, Field, Values, coerce, read, shown
 from .inputs import Inputs
 from .lengths import Length, clip_length
+from .lora_fields import NO_LORAS, ChosenLoras
 from .schemas import ECHOED_QUALITIES, MEANINGLESS_FIELDS, image_fields
 from .sizes import Size, asked_size, check_size, drawn_size
 
@@ -91,7 +92,12 @@ class Resolver:
     draw_seed: Callable[[], int] = lambda: secrets.randbelow(_DRAWN_SEEDS)
 
     def images(
-        self, body: Mapping[str, JSONValue], card: ModelCard, owner: str, inputs: Inputs | None = None
+        self,
+        body: Mapping[str, JSONValue],
+        card: ModelCard,
+        owner: str,
+        inputs: Inputs | None = None,
+        loras: ChosenLoras = NO_LORAS,
     ) -> ImagesCall:
         """Return what `POST /v1/images/generations` asks for, or `/edits` where there are input pictures.
 
@@ -113,7 +119,7 @@ class Resolver:
         check_side(format, size.width, size.height)
         extra = self._extra(body, values, card, ignored)
         negative_prompt, guidance_scale = _conditioning(values, card, extra, ignored)
-        warnings = _background(values, format)
+        warnings = (*_background(values, format), *loras.warnings)
         template = GenerateRequest(
             job_id="",
             owner=owner,
@@ -129,6 +135,7 @@ class Resolver:
             guidance_scale=guidance_scale,
             seed=0,
             images=() if inputs is None else tuple(map(str, inputs.paths)),
+            loras=loras.uses,
             extra=extra,
             partial_images=_only_on_a_stream(values, stream, ignored),
             deterministic=values.flag("deterministic") or self.config.deterministic,
@@ -153,12 +160,17 @@ class Resolver:
             stream=stream,
             stream_progress=values.flag("stream_progress"),
             ignored=tuple(ignored),
-            warnings=warnings,
+            warnings=(*warnings, *loras.warnings),
             is_edit=inputs is not None,
         )
 
     def clip(
-        self, body: Mapping[str, JSONValue], card: ModelCard, owner: str, beginning: Beginning | None = None
+        self,
+        body: Mapping[str, JSONValue],
+        card: ModelCard,
+        owner: str,
+        beginning: Beginning | None = None,
+        loras: ChosenLoras = NO_LORAS,
     ) -> ClipCall:
         """Return what `POST /v1/videos` asks for, or a remix, edit or extension of the clip in `beginning`.
 
@@ -196,6 +208,7 @@ class Resolver:
             images=(str(beginning.picture),) if beginning is not None and start != "redraw" else (),
             video=str(beginning.clip) if beginning is not None and start == "redraw" else None,
             strength=(REDRAW_STRENGTH if strength is None else strength) if start == "redraw" else None,
+            loras=loras.uses,
             extra=extra,
             partial_images=values.int("partial_images") or 0,
             deterministic=values.flag("deterministic") or self.config.deterministic,
@@ -216,7 +229,7 @@ class Resolver:
             length=length,
             remixed_from=None if beginning is None else beginning.video_id,
             ignored=tuple(ignored),
-            warnings=warnings,
+            warnings=(*warnings, *loras.warnings),
         )
 
     def _clip_size(self, values: Values, card: ModelCard, beginning: Beginning | None) -> tuple[Size, tuple[str, ...]]:
@@ -238,7 +251,10 @@ class Resolver:
         return even, warned
 
     def _model(self, asked: str | None, card: ModelCard) -> str:
-        if self.config.strict_model and asked and asked not in (card.name, card.model_path):
+        names = (card.name, card.model_path)
+        # What stands behind a colon is a LoRA's nickname, which was looked up before.
+        is_served = asked in names or any((asked or "").startswith(f"{name}:") for name in names)
+        if self.config.strict_model and asked and not is_served:
             raise NotFound(f"The model '{asked}' does not exist.", param="model", code="model_not_found")
         return asked or card.name
 

@@ -28,6 +28,7 @@ from .answers import json_answer
 from .problems import answer
 
 if TYPE_CHECKING:
+    from .loras import Loras
     from .service import Service
 
 log = logging.getLogger(__name__)
@@ -147,10 +148,13 @@ class _Server(uvicorn.Server):
 class _Host:
     """The parts of the host, in the order in which they are built and closed."""
 
-    def __init__(self, config: ServeConfig, data: _Data, engine: Engine, service: Service, app: ASGIApp) -> None:
+    def __init__(
+        self, config: ServeConfig, data: _Data, engine: Engine, service: Service, loras: Loras, app: ASGIApp
+    ) -> None:
         self.engine = engine
         self.service = service
         self.app = app
+        self._loras = loras
         self._data = data
         self._tasks = [
             asyncio.create_task(data.keep_pruning(config)),
@@ -163,10 +167,22 @@ class _Host:
         try:
             await data.recover()
             await data.uploads.open()
-            return _wire(config, data, make_engine)
+            host = _wire(config, data, make_engine)
         except BaseException:
             await data.close()
             raise
+        try:
+            await host._loras.find_first()
+        except BaseException:
+            await host.close()
+            raise
+        return host
+
+    async def wait_ready(self) -> ModelCard:
+        """Wait until requests run as configured. Raises ConfigError when they never will."""
+        card = await self.engine.wait_ready()
+        await self._loras.set_first(card)
+        return card
 
     async def end_jobs(self) -> None:
         """End what still runs, so that every client gets its answer."""
@@ -238,6 +254,8 @@ def _wire(config: ServeConfig, data: _Data, make_engine: EngineFactory) -> _Host
     from .auth import Keys, read_keys
     from .files import open_content
     from .inputs import INPUTS, Intake
+    from .lora_files import LoraFinder
+    from .loras import Loras
     from .service import Service
 
     engine = make_engine(config, data.frames_dir)
@@ -252,8 +270,9 @@ def _wire(config: ServeConfig, data: _Data, make_engine: EngineFactory) -> _Host
         open_file=data.uploads.open_file,
         public_url=config.public_url,
     )
-    app = create_app(config, engine, service, data.store, data.storage, keys, intake, data.uploads)
-    return _Host(config, data, engine, service, app)
+    loras = Loras(config, engine, LoraFinder.of(config))
+    app = create_app(config, engine, service, loras, data.store, data.storage, keys, intake, data.uploads)
+    return _Host(config, data, engine, service, loras, app)
 
 
 async def _until_started(server: _Server, listening: asyncio.Task[None]) -> None:
@@ -269,7 +288,7 @@ async def _serve_until_told(
     grace_s: float,
 ) -> None:
     await host.engine.start()
-    ready = asyncio.create_task(host.engine.wait_ready())
+    ready = asyncio.create_task(host.wait_ready())
     told = asyncio.create_task(server.told_to_stop.wait())
     try:
         await asyncio.wait({ready, told, listening}, return_when=asyncio.FIRST_COMPLETED)

@@ -10,7 +10,9 @@ from typing import Any, Literal
 import msgspec
 
 from ..core.request import ImageFormat
+from ..media.provenance import UsedLora
 from .fields import MAX_INT, MAX_TEXT, Field
+from .lora_fields import LORAS_FIELD
 
 MAX_IMAGES = 10
 MAX_PARTIALS = 3
@@ -101,6 +103,7 @@ def image_fields(max_steps: int) -> tuple[Field, ...]:
             high=MAX_PRIORITY,
             help="Higher runs sooner; default 0.",
         ),
+        LORAS_FIELD,
         Field(name="deterministic", kind="bool", help="The same bytes for the same seed at any load."),
         Field(
             name="task_type",
@@ -150,6 +153,7 @@ class ImagesAnswer(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True
     output_format: ImageFormat
     quality: str | None = None
     size: str
+    loras: tuple[UsedLora, ...] = ()
     usage: Usage
 
 
@@ -178,6 +182,7 @@ class CompletedImage(msgspec.Struct, frozen=True, kw_only=True):
     id: str
     seed: int
     generated_size: str
+    loras: tuple[UsedLora, ...] = ()
     warnings: tuple[str, ...] = ()
 
 
@@ -189,6 +194,38 @@ class StreamedProgress(msgspec.Struct, frozen=True, kw_only=True):
     num_steps: int
     fraction: float
     eta_s: float | None
+
+
+# --- LoRA ---------------------------------------------------------------------------------------------------------
+
+
+class LoraChanged(msgspec.Struct, frozen=True, kw_only=True):
+    status: Literal["ok"] = "ok"
+    message: str
+
+
+class KnownLora(msgspec.Struct, frozen=True):
+    nickname: str
+    path: str
+
+
+class ActiveLora(msgspec.Struct, frozen=True, kw_only=True):
+    """One LoRA of the active set on one network of the pipeline. `mode` says the same as `merged`, as in SGLang."""
+
+    nickname: str
+    path: str
+    merged: bool
+    strength: float
+    num_lora_layers_with_weights: int
+    mode: Literal["merged", "unmerged"]
+
+
+class LoraListing(msgspec.Struct, frozen=True, kw_only=True):
+    """`GET /v1/list_loras`; `applied_nowhere` names what was set and has nothing for its target in this model."""
+
+    loaded_adapters: list[KnownLora]
+    active: dict[str, list[ActiveLora]]
+    applied_nowhere: list[str]
 
 
 # --- models and server --------------------------------------------------------------------------------------------
@@ -205,6 +242,7 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
     num_gpus: int
     dit_precision: str | None
     vae_precision: str | None
+    supports_lora: bool
 
 
 class Model(msgspec.Struct, frozen=True, kw_only=True):
@@ -225,6 +263,7 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
     num_gpus: int
     dit_precision: str | None
     vae_precision: str | None
+    supports_lora: bool
     media: str
     default_size: str
     default_steps: int

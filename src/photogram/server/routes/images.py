@@ -14,6 +14,7 @@ from starlette.routing import Route
 from ...core.config import ServeConfig
 from ...core.errors import RequestError
 from ...jobs.store import JobStore
+from ...media.provenance import used_loras
 from ...storage import Storage
 from ..answers import header_text
 from ..body import read_body
@@ -23,6 +24,7 @@ from ..fields import Field, coerce
 from ..files import file_answer, finished_image
 from ..forms import BodyLimits
 from ..inputs import Intake
+from ..loras import Loras
 from ..resolve import ImagesCall, Resolver
 from ..schemas import (
     MAX_IMAGES,
@@ -43,7 +45,13 @@ _CLIENT_GONE = 499
 
 
 def image_routes(
-    config: ServeConfig, service: Service, store: JobStore, storage: Storage, resolver: Resolver, intake: Intake
+    config: ServeConfig,
+    service: Service,
+    loras: Loras,
+    store: JobStore,
+    storage: Storage,
+    resolver: Resolver,
+    intake: Intake,
 ) -> list[Route]:
     limits = BodyLimits(upload_bytes=config.max_upload_mb * 1_000_000)
 
@@ -53,7 +61,7 @@ def image_routes(
             if "model" in request.path_params:
                 body.fields.setdefault("model", request.path_params["model"])
             owner = owner_of(request)
-            call = resolver.images(body.fields, card, owner)
+            call = resolver.images(body.fields, card, owner, None, await loras.choose(body.fields, card))
             ignored = dict.fromkeys((*call.ignored, *body.shadowed, *(upload.name for upload in body.uploads)))
         return await answer(request, call, await service.begin(call), ignored)
 
@@ -72,7 +80,7 @@ def image_routes(
                     code="missing_required_parameter",
                 )
             try:
-                call = resolver.images(body.fields, card, owner, inputs)
+                call = resolver.images(body.fields, card, owner, inputs, await loras.choose(body.fields, card))
                 group = await service.begin(call)
             except BaseException:
                 inputs.remove()
@@ -134,6 +142,7 @@ def _answer(call: ImagesCall, made: list[Made], public_url: str | None) -> Image
         output_format=call.format,
         quality=call.echoed_quality,
         size=str(call.size),
+        loras=used_loras(call.drawings[0].request),
         usage=_usage(made),
     )
 
@@ -198,6 +207,7 @@ async def _events(call: ImagesCall, group: Group) -> AsyncGenerator[bytes, None]
                     id=outcome.image_id,
                     seed=outcome.seed,
                     generated_size=outcome.generated_size,
+                    loras=used_loras(call.drawings[0].request),
                     warnings=outcome.warnings,
                 )
                 yield event(completed.type, completed)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import msgspec
+from msgspec.structs import asdict, replace
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -14,6 +14,7 @@ from ...core.card import ModelCard
 from ...core.errors import NotFound
 from ...engine import Engine
 from ..answers import json_answer
+from ..loras import Loras
 from ..schemas import Model, ModelFacts, ModelInfo, ModelList, ServerInfo
 from ..service import loaded_card
 
@@ -21,20 +22,30 @@ _DENOISERS = ("transformer", "unet", "prior", "decoder")
 _VAES = ("vae", "vqvae", "movq", "audio_vae")
 
 
-def model_routes(engine: Engine, model_path: str, started_at: int, num_jobs: Callable[[], int]) -> list[Route]:
+def model_routes(
+    engine: Engine, loras: Loras, model_path: str, started_at: int, num_jobs: Callable[[], int]
+) -> list[Route]:
     """Return the routes that describe the served model; those that need its card are 503 until it is loaded."""
 
     async def facts(request: Request) -> Response:
         return json_answer(facts_of(loaded_card(engine)))
 
     async def listing(request: Request) -> Response:
-        return json_answer(ModelList(data=[model_of(loaded_card(engine), started_at)]))
+        card = loaded_card(engine)
+        model = model_of(card, started_at)
+        # As OpenAI and vLLM list fine-tuned models: a name of its own, and the model it is made from.
+        nicknames = await loras.nicknames() if card.lora_modules else []
+        ids = [f"{card.name}:{nickname}" for nickname in nicknames]
+        return json_answer(ModelList(data=[model, *(replace(model, id=id, parent=model.id) for id in ids)]))
 
     async def one(request: Request) -> Response:
         card, asked = loaded_card(engine), request.path_params["model"]
+        parent = None
         if asked not in (card.name, card.model_path):
-            raise NotFound(f"The model '{asked[:200]}' does not exist.", param="model", code="model_not_found")
-        return json_answer(msgspec.structs.replace(model_of(card, started_at), id=asked))
+            parent = await loras.base_of(asked, card)
+            if parent is None:
+                raise NotFound(f"The model '{asked[:200]}' does not exist.", param="model", code="model_not_found")
+        return json_answer(replace(model_of(card, started_at), id=asked, parent=parent))
 
     async def model_info(request: Request) -> Response:
         return json_answer(info_of(loaded_card(engine)))
@@ -82,6 +93,7 @@ def facts_of(card: ModelCard) -> ModelFacts:
         num_gpus=card.num_gpus,
         dit_precision=_precision(card, _DENOISERS),
         vae_precision=_precision(card, _VAES),
+        supports_lora=bool(card.lora_modules),
     )
 
 
@@ -98,7 +110,7 @@ def model_of(card: ModelCard, created: int) -> Model:
         takes_negative_prompt=card.takes_negative_prompt,
         takes_guidance_scale=card.takes_guidance,
         parameters=dict(card.parameters),
-        **msgspec.structs.asdict(facts),
+        **asdict(facts),
     )
 
 
