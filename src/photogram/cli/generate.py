@@ -27,6 +27,8 @@ from ..media.pool import MediaPool
 from ..media.provenance import describe
 from ..server.fields import read
 from ..server.inputs import Inputs, from_files
+from ..server.lora_files import LoraFinder
+from ..server.loras import Loras
 from ..server.resolve import Drawing, ImagesCall, Resolver
 from ..server.schemas import image_fields
 from ..server.sizes import asked_size
@@ -39,7 +41,8 @@ GRACE_S = 0.1  # by then every job is done, or nobody wants it any more
 SHARED_SETTINGS = (
     "model_path", "served_model_name", "revision", "variant", "device", "precision", "metadata", "max_batch_size",
     "max_pixels", "max_steps", "request_timeout_s", "hang_timeout_s", "worker_memory_gb", "step_cache",
-    "step_cache_threshold", "deterministic", "log_level",
+    "step_cache_threshold", "deterministic", "log_level", "lora_path", "lora_nickname", "lora_scale", "lora_dir",
+    "max_lora_mb",
 )  # fmt: skip
 """Settings of `photogram serve` that make sense for one picture."""
 
@@ -122,11 +125,14 @@ async def _run(config: ServeConfig, body: dict[str, JSONValue], images: Sequence
     with frames_folder() as frames_dir:
         inputs = await _inputs(config, images, frames_dir) if images else None
         engine, pool = WorkerEngine(config, frames_dir), MediaPool(frames_dir)
+        loras = Loras(config, engine, LoraFinder.of(config))
         try:
+            await loras.find_first()
             with console.status(f"loading {config.model_path}"):
                 await engine.start()
                 card = await engine.wait_ready()
-            call = Resolver(config=config).images(body, card, OWNER, inputs)
+                await loras.set_first(card)
+            call = Resolver(config=config).images(body, card, OWNER, inputs, await loras.choose(body, card))
             drawings = call.drawings
             for sentence in _remarks(call):
                 console.print(sentence)
