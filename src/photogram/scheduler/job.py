@@ -53,6 +53,9 @@ class PendingCall:
     Calls of equal `key` may run as one forward pass; None is a call that runs alone. `kind` names what costs the
     same time and memory (module and shapes). `bytes_per_call` is the memory one call needs while it runs, where
     the caller knows it.
+
+    `weights` says what the module's weights must hold for the call; () is the base. A call that `mixes` can also be
+    run on the base weights, and then beside calls that want other weights, if their keys are equal.
     """
 
     key: Hashable | None
@@ -60,6 +63,9 @@ class PendingCall:
     phase: Phase
     rows: int = 1
     bytes_per_call: int | None = None
+    module: str = ""
+    weights: Hashable = ()
+    mixes: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,17 +9,18 @@ Each owner sends the best of its jobs, then the owners' best are compared; the g
    is at least `ageing_sizes` times the longest job at hand, so that on a slow machine a long job does not outrank
    short ones merely for being long.
 2. Overdue: four such periods or more. Under lasting overload the order becomes first-come.
-3. Phase. Decode calls first (they end a job and free its memory), then starts and encode calls while `EarlyBudget`
+3. Whether the weights need no switch, for a while after one (`held.py`).
+4. Phase. Decode calls first (they end a job and free its memory), then starts and encode calls while `EarlyBudget`
    covers them, so that newcomers can join the others' batches (vLLM's prefill first, SOSP 2023; the bound is the
    lesson of Sarathi-Serve, OSDI 2024: prefills must not stall running jobs).
-4. Response ratio over remaining time: (1 + time in the system / size) / remaining ** `bias`. The numerator is
+5. Response ratio over remaining time: (1 + time in the system / size) / remaining ** `bias`. The numerator is
    highest response ratio next (Brinch Hansen, 1971): short jobs gain rank quickly, long ones surely, and of equal
    ones the older is ahead. The denominator is a softened shortest remaining processing time (Schrage, 1968): it
    lets short jobs overtake between two calls and jobs finish that are nearly done. Without it (`bias` 0) the short
    jobs of the mixed workload in `tests/scheduler/test_mixed_load.py` take 2.5 times as long.
 
-*Between owners*: priority, phase, then the least virtual finish time, as `fairness.py` tells. How old an owner's
-backlog is has no say there.
+*Between owners*: priority, needing no switch, phase, then the least virtual finish time, as `fairness.py` tells. How
+old an owner's backlog is has no say there.
 
 Calls of the last call's key count as `stickiness` times better, against needless switching of weights.
 """

@@ -16,6 +16,7 @@ from .backlog import Backlog
 from .batches import BatchLimits
 from .cost import CallCosts, JobCosts, Mean
 from .fairness import FairShare
+from .held import HeldWeights
 from .job import Job, JobTicket, PendingCall, Phase, Plan, Run, Start
 from .policy import DECODE, DENOISE, ENCODE, START, EarlyBudget, Policy, SchedulerConfig, Standing
 
@@ -47,6 +48,7 @@ class Scheduler:
         self._backlog = Backlog()
         self._live: dict[str, Job] = {}
         self._waiting: dict[str, Job] = {}
+        self._held = HeldWeights()
         self._last_key: Hashable | None = None
         self._last_lead: Job | None = None
         self._num_submitted = 0
@@ -104,6 +106,10 @@ class Scheduler:
         self._job_costs.finished(job)
         self._forget(job)
 
+    def holds(self, module: str, weights: Hashable, switch_s: float = 0.0) -> None:
+        """A module's weights were switched, which took `switch_s` seconds."""
+        self._held.switched(module, weights, switch_s)
+
     # --- decisions -----------------------------------------------------------------------------------------------
 
     def next_plan(self, now: float) -> Plan | None:
@@ -141,6 +147,7 @@ class Scheduler:
             self._charge((plan.job_id,), seconds)
             return ()
         self._charge(plan.job_ids, seconds)
+        self._held.worked(seconds)
         jobs = [self._jobs[job_id] for job_id in plan.job_ids if job_id in self._jobs]
         if plan.phase == "encode":
             self._early.spend(seconds)
@@ -240,6 +247,7 @@ class Scheduler:
                 level, overdue, ratio = policy.standing(job, now, top)
                 remaining_s = job.remaining_s
                 call = job.call
+                settled = call is None or not self._held.stands_back(call)
                 if call is None:
                     phase = start_phase
                 else:
@@ -251,7 +259,7 @@ class Scheduler:
                         remaining_s /= self.config.stickiness
                     if job.is_measured and job.size_s > longest_s:
                         longest_s = job.size_s
-                rank: tuple[float, ...] = (level, overdue, phase, ratio, -job.sequence)
+                rank: tuple[float, ...] = (level, overdue, settled, phase, ratio, -job.sequence)
                 name = job.owner.name if fair else ""
                 champion = champions.get(name)
                 if champion is None or rank > champion[0]:
@@ -260,7 +268,7 @@ class Scheduler:
         best: Job | None = None
         best_rank: tuple[float, ...] = ()
         for rank, job, remaining_s in champions.values():
-            across = (rank[0], rank[2], -self._shares.finish_tag(job.owner, remaining_s), *rank[3:])
+            across = (rank[0], *rank[2:4], -self._shares.finish_tag(job.owner, remaining_s), *rank[4:])
             if best is None or across > best_rank:
                 best, best_rank = job, across
         assert best is not None
@@ -281,7 +289,11 @@ class Scheduler:
             others = [
                 job
                 for job in self._waiting.values()
-                if job is not lead and job.call is not None and job.call.key == call.key and job.ticket.batchable
+                if job is not lead
+                and job.call is not None
+                and job.call.key == call.key
+                and job.ticket.batchable
+                and self._held.may_share(call, job.call)
             ]
             size = self._batches.size(call.kind, 1 + len(others), call.bytes_per_call)
             if size <= len(others):

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 
+from .lora.sets import JobLoras, Segments
+
 if TYPE_CHECKING:
     from .modules import BigModule
 
@@ -36,6 +38,8 @@ class Call:
     cache_context: tuple[str, Mapping[str, Any]] | None = None
     autocast: Autocast | None = None
     remembered: bool = True  # whether an answer from memory will do
+    loras: Segments = ()  # of its rows; set when the call is suspended or stacked
+    exact: bool = False  # always with merged weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +55,10 @@ class Fiber(greenlet):
     Created, resumed and closed by the worker's loop only, which is its parent.
     """
 
-    def __init__(self, main: Callable[[], Any]) -> None:
+    def __init__(self, main: Callable[[], Any], loras: JobLoras) -> None:
         super().__init__(run=main)
         self.cache_context: tuple[str, Mapping[str, Any]] | None = None
+        self._loras = loras
 
     @staticmethod
     def current() -> Fiber | None:
@@ -80,6 +85,7 @@ class Fiber(greenlet):
     def suspend(self, call: Call) -> Any:
         """Hand `call` to the loop and wait for its result. Called inside the fiber."""
         call.cache_context = self.cache_context
+        call.loras, call.exact = ((self._loras.of(call.module.name), 1),), self._loras.exact
         call.autocast = _leave_autocast()
         try:
             return self.parent.switch(call)

@@ -15,6 +15,7 @@ from .digest import DigestMemo
 from .fibers import Call, Fiber
 from .latent_source import read_source
 from .loading import ServedPipeline
+from .lora.sets import JobLoras
 from .solver_watch import EstimateSolver, SolverWatch
 from .stacking import Stackable
 
@@ -40,8 +41,9 @@ class Answers:
 class Job:
     """A request being drawn. The fiber is made at once and runs when the scheduler says so."""
 
-    def __init__(self, request: GenerateRequest, served: ServedPipeline, arrived_at: float) -> None:
+    def __init__(self, request: GenerateRequest, served: ServedPipeline, loras: JobLoras, arrived_at: float) -> None:
         self.request = request
+        self.loras = loras
         self.arrived_at = arrived_at
         self.started_at: float | None = None
         self.phase: Phase = "queued"
@@ -59,7 +61,7 @@ class Job:
         self.pipeline = served.for_job(request)
         self.arguments = call_arguments(self.pipeline, self.route, request)
         self.watch = SolverWatch(self.pipeline, num_estimates=request.partial_images)
-        self.fiber = Fiber(self._run)
+        self.fiber = Fiber(self._run, loras)
 
     @property
     def job_id(self) -> str:
@@ -85,7 +87,7 @@ def replay(job: Job, served: ServedPipeline, estimate: torch.Tensor) -> Any:
     pipeline = served.for_job(job.request)
     EstimateSolver(pipeline, estimate)
     arguments = call_arguments(pipeline, job.route, job.request)
-    fiber = Fiber(lambda: pipeline(**arguments))
+    fiber = Fiber(lambda: pipeline(**arguments), job.loras)
     num_encoded = num_denoised = 0
     outcome = fiber.resume()
     try:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import torch
 from diffusers import DiffusionPipeline, FirstBlockCacheConfig, SchedulerMixin
 from diffusers.guiders import BaseGuidance
@@ -25,6 +26,8 @@ from ..models.families import CHANGES_ITS_DENOISER, DEFAULTS
 from ..models.latents import knows_latents
 from ..models.uses import Route, Use, pipelines_by_use, route
 from .long_prompts import read_in_chunks, reads_in_chunks
+from .lora.conversion import lora_modules
+from .lora.serving import ModuleServing
 from .modules import BigModule, big_modules
 
 logger = logging.getLogger(__name__)
@@ -111,7 +114,10 @@ def prepare(
     )
     if config.step_cache == "first-block":
         _enable_step_cache(pipeline, config.step_cache_threshold)
+    card = msgspec.structs.replace(card, lora_modules=lora_modules(pipeline))
     modules = big_modules(pipeline)
+    for name in card.lora_modules:
+        modules[name].loras = ModuleServing(name, modules[name].module, device)
     runs_alone = any(changes_its_denoiser(type(one)) for one in by_use.values())
     for one in {id(one): one for one in by_use.values()}.values():
         one.__class__ = _on_device(type(one), device)

@@ -18,6 +18,7 @@ from diffusers.hooks.hooks import StateManager
 from diffusers.models.cache_utils import CacheMixin
 
 from .fibers import Call, Fiber
+from .lora.serving import ModuleServing
 
 CallPhase = Literal["encode", "denoise", "decode"]
 
@@ -38,6 +39,7 @@ class BigModule:
         self.real: dict[str, Callable[..., Any]] = {}
         self.signatures: dict[str, inspect.Signature] = {}
         self.is_denoiser = _is_denoiser(name, module)
+        self.loras: ModuleServing | None = None  # where LoRAs can change it
         first = next(module.parameters(), None)
         self.dtype = first.dtype if first is not None and first.is_floating_point() else None
         for method in ENTRY_METHODS:
@@ -53,11 +55,14 @@ class BigModule:
         return "decode" if method == "decode" or self.name == "vocoder" else "encode"
 
     def run(self, call: Call, context_owner: str) -> Any:
-        """Run the real method, under the autocast and step-cache context that the pipeline had around its call.
+        """Run the real method with the LoRAs of the call's rows, under the autocast and step-cache context that the
+        pipeline had around its call.
 
         `context_owner` keeps the step caches of two jobs apart.
         """
         with ExitStack() as stack:
+            if self.loras is not None:
+                stack.enter_context(self.loras.applied(call.loras, exact=call.exact))
             if call.autocast is not None:
                 stack.enter_context(torch.autocast(call.autocast.device_type, dtype=call.autocast.dtype))
             if self.caches_steps and call.cache_context is not None:

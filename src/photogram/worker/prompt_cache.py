@@ -32,7 +32,10 @@ class PromptCache:
         self._answers: OrderedDict[Hashable, tuple[Any, int]] = OrderedDict()
 
     def key(self, call: Call) -> Hashable | None:
-        """Return what identifies a call's answer: encoder, method, every argument's value. None: not to be kept."""
+        """Return what identifies a call's answer: encoder and its LoRAs, method, every argument's value.
+
+        None: not to be kept.
+        """
         # `generate` may draw at random, and a VAE's `encode` answers with a distribution.
         if not self.capacity_bytes or not call.remembered or call.method not in _REMEMBERED_METHODS:
             return None
@@ -42,6 +45,7 @@ class PromptCache:
                 call.module.name,
                 call.method,
                 call.autocast,
+                tuple(loras.key for loras, _ in call.loras),
                 # A memo of its own: these tensors are new in every job.
                 tuple((name, value_key(value, DigestMemo())) for name, value in arguments.items()),
             )

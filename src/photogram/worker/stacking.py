@@ -18,6 +18,7 @@ from ..models.families import PADDED_TEXT, PaddedText
 from .digest import DigestMemo, Unhashable
 from .fibers import Call
 from .layout import Layout, Nested, NotStackable, distance, learn, rows, split, stack, stack_key, structure
+from .lora.mixing import NotMixable
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +58,8 @@ class Stacker:
 
     def __init__(self) -> None:
         self._layouts: dict[Hashable, Layout | None] = {}  # None: runs alone
-        self._checked: set[Hashable] = set()
+        # By outline, the layers whose LoRAs were seen to reach the right rows.
+        self._checked: dict[Hashable, set[str]] = {}
 
     # --- learning
 
@@ -112,37 +114,47 @@ class Stacker:
     def run(self, calls: Sequence[Call], prepared: Sequence[Stackable], owners: Sequence[str]) -> list[Any]:
         """Run calls of one key as one forward pass and return each one's result.
 
-        The first time for an outline they are also run alone and compared; on a mismatch the results are those of
-        running alone, and the outline is given up.
+        The first time for an outline, and for layers with LoRAs of several jobs, they are also run alone and
+        compared; on a mismatch the results are those of running alone, and the outline is given up, or the mixing of
+        LoRAs. Raises NotMixable.
         """
         outline = prepared[0].binding.outline
         try:
-            results = self._run_stacked(calls[0], prepared, owners[0])
+            results = self._run_stacked(calls, prepared, owners[0])
         except (NotStackable, ValueError, TypeError, IndexError) as error:
             # Memory errors and device errors are RuntimeErrors and go up.
             return self._give_up(outline, calls, owners, str(error))
-        if outline in self._checked:
+        mixed = _mixed_layers(calls)
+        if outline in self._checked and mixed <= self._checked[outline]:
             return results
         alone = [call.module.run(call, owner) for call, owner in zip(calls, owners, strict=True)]
         worst = max(distance(result, reference) for result, reference in zip(results, alone, strict=True))
         if not worst <= tolerance(alone[0]):
+            if mixed:
+                raise NotMixable(None, f"with a LoRA each they differ by {worst:.2g}")
             self._layouts[outline] = None
             logger.warning("calls of %s run alone: stacked they differ by %.2g", calls[0].module.name, worst)
             return alone
         logger.info("calls of %s stack: checked, relative difference %.2g", calls[0].module.name, worst)
-        self._checked.add(outline)
+        self._checked.setdefault(outline, set()).update(mixed)
         return results
 
     def give_up(self, part: Stackable) -> None:
         """Serve calls like this one alone from now on."""
         self._layouts[part.binding.outline] = None
 
-    def _run_stacked(self, first: Call, prepared: Sequence[Stackable], owner: str) -> list[Any]:
+    def _run_stacked(self, calls: Sequence[Call], prepared: Sequence[Stackable], owner: str) -> list[Any]:
+        first = calls[0]
         num_rows = [part.num_rows for part in prepared]
         arguments, mask = _meet_in_length([part.binding for part in prepared], num_rows)
         stacked = stack(prepared[0].layout, arguments, num_rows) | mask
         call = Call(
-            module=first.module, method=first.method, args=(), kwargs=_spread(first, stacked), autocast=first.autocast
+            module=first.module,
+            method=first.method,
+            args=(),
+            kwargs=_spread(first, stacked),
+            autocast=first.autocast,
+            loras=tuple((call.loras[0][0], count) for call, count in zip(calls, num_rows, strict=True)),
         )
         return split(first.module.run(call, owner), num_rows)
 
@@ -150,6 +162,12 @@ class Stacker:
         self._layouts[outline] = None
         logger.warning("calls of %s run alone: %s", calls[0].module.name, reason)
         return [call.module.run(call, owner) for call, owner in zip(calls, owners, strict=True)]
+
+
+def _mixed_layers(calls: Sequence[Call]) -> frozenset[str]:
+    """Return the layers at which rows of these calls see LoRAs of their own."""
+    loras = calls[0].module.loras
+    return frozenset() if loras is None else loras.unmerged([call.loras[0] for call in calls])
 
 
 def tolerance(result: Any) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -16,7 +16,6 @@ from ..core.messages import (
     Began,
     Failed,
     Finished,
-    LorasRefused,
     PrepareLoras,
     Preview,
     Progress,
@@ -25,13 +24,17 @@ from ..core.messages import (
 )
 from ..core.request import GenerateRequest
 from ..scheduler import JobTicket, PendingCall, Run, Scheduler, SchedulerConfig, Start
-from .arguments import for_two_prompts, to_frames, to_sound
-from .fibers import Call, Fiber, Returned
+from .arguments import to_frames, to_sound
+from .fibers import Call, Returned
 from .frame_store import FrameStore
 from .job import Job, replay
 from .loading import ServedPipeline
+from .lora.mixing import NotMixable
+from .lora.service import Loras
+from .lora.sets import ModuleLoras
 from .memory import DeviceLost, PeakMemory, device_error, free_bytes
 from .pace import Pace
+from .probe import same_call_for_two
 from .prompt_cache import PromptCache, readable
 from .stacking import Stacker
 from .tokens import count_tokens
@@ -55,6 +58,12 @@ class Worker:
         self.stacker = Stacker()
         self.prompt_cache = PromptCache(config.prompt_cache_bytes)
         self.jobs: dict[str, Job] = {}
+        self.loras = Loras(
+            served,
+            config.lora_cache_bytes,
+            lambda: set().union(*(job.loras.versions for job in self.jobs.values())),
+        )
+        self._one_at_a_time = config.max_batch_size == 1
         self._deterministic = config.deterministic
         self._emit = emit
         self._clock = clock
@@ -84,7 +93,9 @@ class Worker:
         """Queue a job. A request that cannot even be prepared fails at once."""
         now = self._clock()
         try:
-            job = Job(request, self.served, now)
+            # Where calls run one at a time a seed gives the same bits at any load, and so must its LoRAs.
+            exact = self._runs_alone(request) or self._one_at_a_time
+            job = Job(request, self.served, self.loras.of_job(request.loras, exact=exact), now)
         except Exception as error:
             self._emit(self._failure(request.job_id, error))
             return
@@ -114,8 +125,9 @@ class Worker:
 
     def set_loras(self, message: SetLoras | PrepareLoras) -> None:
         """Load, merge or take out LoRAs, and answer."""
-        text = "LoRA is not enabled for this pipeline."
-        self._emit(LorasRefused(message.request_id, "lora_not_supported", text))
+        self._emit(self.loras.answer(message))
+        for name, weights in self.loras.merged().items():
+            self._scheduler.holds(name, weights)
 
     @property
     def caches_steps(self) -> bool:
@@ -143,6 +155,8 @@ class Worker:
 
     def _run(self, plan: Run) -> None:
         jobs = [self.jobs[job_id] for job_id in plan.job_ids]
+        # One order for one set of LoRAs, so that what was put side by side for the last pass serves this one.
+        jobs.sort(key=lambda job: job.call.loras[0][0].key)
         calls = [job.call for job in jobs]
         for job in jobs:
             job.calls_run += 1
@@ -151,7 +165,8 @@ class Worker:
         self._peak.begin()
         started = self._clock()
         try:
-            with self._pace.measured((plan.kind, len(jobs)), partial(self._ran, plan)):
+            self._bring_loras(plan, jobs)
+            with self._pace.measured((plan.kind, len(jobs)), partial(self._ran, plan, calls)):
                 answers = self._answers(jobs)
         except Exception as error:
             self._could_not_run(plan, jobs, error, self._clock() - started)
@@ -161,7 +176,29 @@ class Worker:
             job.largest_batch = max(job.largest_batch, len(jobs))
             self._proceed(job, partial(job.fiber.resume, self._noted(job, call, answer)))
 
-    def _ran(self, plan: Run, seconds: float) -> None:
+    def _bring_loras(self, plan: Run, jobs: list[Job]) -> None:
+        """Bring the weights to where the plan's calls can be run, before the pass, so that its price stays its own."""
+        module = jobs[0].call.module
+        if module.loras is None:
+            return
+        before, started = module.loras.weights.merged.key, self._clock()
+        loras = jobs[0].call.loras[0][0]
+        if not any(self._wants_other(job, module.name, loras) for job in self.jobs.values()):
+            passes = max(max(1, self._num_steps(job) - job.watch.steps_done) for job in jobs)
+            module.loras.merge_if_it_pays(loras, passes * (self._scheduler.expected_s(plan) or 0.0))
+        module.loras.fit([job.call.loras[0] for job in jobs], exact=jobs[0].call.exact)
+        if module.loras.weights.merged.key != before:
+            seconds = self._clock() - started
+            self._scheduler.holds(module.name, module.loras.weights.merged.key, seconds)
+
+    @staticmethod
+    def _wants_other(job: Job, module: str, loras: ModuleLoras) -> bool:
+        """Say whether a job that is under way will call the module with other LoRAs."""
+        return job.started_at is not None and job.phase != "decode" and job.loras.of(module).key != loras.key
+
+    def _ran(self, plan: Run, calls: list[Call], seconds: float) -> None:
+        if calls[0].module.loras is not None:
+            calls[0].module.loras.note_pass([call.loras[0] for call in calls], seconds)
         self._scheduler.ran(plan, seconds, self._clock(), peak_bytes=self._peak.taken())
 
     def _answers(self, jobs: list[Job]) -> list[Any]:
@@ -177,15 +214,21 @@ class Worker:
         if isinstance(error, DeviceLost):
             raise error
         out_of_memory = isinstance(error, OutOfMemory)
+        loras = jobs[0].call.module.loras
+        if isinstance(error, NotMixable) and loras is not None:
+            loras.exclude(error.layer, str(error))
         if out_of_memory:
+            if loras is not None:
+                loras.free_memory()
             # The traceback holds the failed pass's tensors.
             error.__traceback__ = error.__cause__ = error.__context__ = None
             self._pace.release_memory()
         self._scheduler.ran(plan, seconds, self._clock(), out_of_memory=out_of_memory)
         if len(jobs) > 1:
             if not out_of_memory:
-                logger.warning("a pass of %d jobs failed, running them alone: %s", len(jobs), error)
-                self.stacker.give_up(jobs[0].stackable)
+                if not isinstance(error, NotMixable):
+                    logger.warning("a pass of %d jobs failed, running them alone: %s", len(jobs), error)
+                    self.stacker.give_up(jobs[0].stackable)
                 for job in jobs:
                     self._wait_at(job, job.call)
             return
@@ -224,51 +267,28 @@ class Worker:
         may_stack = phase == "denoise" and call.method == "forward" and not self._runs_alone(job.request)
         if may_stack:
             if not self.stacker.is_known(call):
-                self.stacker.learn(call, self._same_call_for_two(job, call))
+                self.stacker.learn(call, same_call_for_two(job, call, self.served))
             job.stackable = self.stacker.prepare(call, job.digest)
+        loras, serving = call.loras[0][0], call.module.loras
+        mixes = serving is not None and not call.exact and serving.mixes(loras)
         now = self._clock()
         self._scheduler.stepped(job.job_id, job.watch.steps_done, self._num_steps(job))
         self._scheduler.waiting(
             job.job_id,
             PendingCall(
-                key=job.stackable.key if job.stackable is not None else None,
+                key=(job.stackable.key, () if mixes else loras.key) if job.stackable is not None else None,
                 kind=_kind(call, job.request),
                 phase=phase,
                 rows=job.stackable.num_rows if job.stackable is not None else 1,
+                module=call.module.name,
+                weights=loras.key if serving is not None else (),
+                mixes=mixes,
             ),
             now,
         )
 
     def _runs_alone(self, request: GenerateRequest) -> bool:
         return request.deterministic or self._deterministic or self.served.runs_alone
-
-    def _same_call_for_two(self, job: Job, call: Call) -> Call | None:
-        """Run the job's own code with two prompts up to the same module's first call, whose forward is not run."""
-        for arguments in for_two_prompts(job.arguments):
-            try:
-                return self._first_like(call, job, arguments)
-            except Exception as error:
-                lost = device_error(error, self.served.device)
-                if isinstance(lost, DeviceLost):
-                    raise lost from error
-                logger.info("%s does not take two prompts: %s", type(job.pipeline).__name__, error)
-        return None
-
-    def _first_like(self, call: Call, job: Job, arguments: Mapping[str, Any]) -> Call | None:
-        """Run the job's pipeline with other arguments to its first denoiser call; None where another comes first."""
-        pipeline = self.served.for_job(job.request)
-        fiber = Fiber(lambda: pipeline(**arguments))
-        outcome = fiber.resume()
-        try:
-            while isinstance(outcome, Call):
-                if outcome.module is call.module and outcome.method == call.method:
-                    return outcome
-                if outcome.module.is_denoiser:
-                    return None
-                outcome = fiber.resume(outcome.module.run(outcome, f"{job.job_id}/probe"))
-        finally:
-            fiber.close()
-        return None
 
     # --- memory of answers
 
