@@ -6,9 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import httpx
 import pytest
 from PIL import Image
 
+from lora_files import demo_lora
 from running import Running
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -74,6 +76,15 @@ def test_curl(server: str, tmp_path: Path) -> None:
 def test_contact_sheet(server: str, tmp_path: Path) -> None:
     run([sys.executable, example("contact_sheet.py"), "sheet.webp"], tmp_path, server)
     assert size(tmp_path / "sheet.webp") == (6 * 192, 4 * (192 + 30))
+
+
+def test_lora_sheet(server: str, tmp_path: Path) -> None:
+    for seed, name in enumerate(("first", "second")):
+        body = {"lora_nickname": name, "lora_path": str(demo_lora(tmp_path / f"{name}.safetensors", seed=seed))}
+        assert httpx.post(f"{server}/v1/set_lora", json=body).status_code == 200
+    assert httpx.post(f"{server}/v1/unmerge_lora_weights").status_code == 200
+    run([sys.executable, example("lora_sheet.py"), "first", "second", "sheet.webp"], tmp_path, server)
+    assert size(tmp_path / "sheet.webp") == (11 * 144, 18 + 3 * 144)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
