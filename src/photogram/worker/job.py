@@ -38,6 +38,26 @@ class Answers:
             self.denoised.append(answer)
 
 
+@dataclass(slots=True)
+class StageClock:
+    """How long a job was in each phase, waiting for its turn included. Costs no waiting for the device."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    _phase: str | None = None
+    _since: float = 0.0
+
+    def enter(self, phase: str | None, now: float) -> None:
+        """Leave the present phase for another one; None at the end."""
+        if phase == self._phase:
+            return
+        if self._phase is not None:
+            self.seconds[self._phase] = self.seconds.get(self._phase, 0.0) + now - self._since
+        self._phase, self._since = phase, now
+
+    def __str__(self) -> str:
+        return ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in self.seconds.items())
+
+
 class Job:
     """A request being drawn. The fiber is made at once and runs when the scheduler says so."""
 
@@ -47,6 +67,7 @@ class Job:
         self.arrived_at = arrived_at
         self.started_at: float | None = None
         self.phase: Phase = "queued"
+        self.stages = StageClock()
         self.digest = DigestMemo()
         self.call: Call | None = None  # the pending one
         self.stackable: Stackable | None = None

@@ -272,6 +272,7 @@ class Worker:
         loras, serving = call.loras[0][0], call.module.loras
         mixes = serving is not None and not call.exact and serving.mixes(loras)
         now = self._clock()
+        job.stages.enter(phase, now)
         self._scheduler.stepped(job.job_id, job.watch.steps_done, self._num_steps(job))
         self._scheduler.waiting(
             job.job_id,
@@ -365,6 +366,8 @@ class Worker:
 
     def _finish(self, job: Job, result: Any) -> None:
         try:
+            self._pace.finish()
+            job.stages.enter("frames", self._clock())
             block = self._frames.put(to_frames(result))
             heard = to_sound(job.pipeline, result)
             sound = None if heard is None else self._frames.put_sound(*heard)
@@ -372,14 +375,17 @@ class Worker:
             self._fail(job, device_error(error, self.served.device))
             return
         prompt_tokens, warnings = count_tokens(self.served.pipeline, job.arguments)
-        run_s = self._clock() - job.started_at
-        self._scheduler.finished(job.job_id, self._clock())
+        now = self._clock()
+        run_s = now - job.started_at
+        job.stages.enter(None, now)
+        self._scheduler.finished(job.job_id, now)
         self._end(job)
         logger.info(
-            "%s done: %d steps in %.2f s, %d of %d calls shared, largest batch %d",
+            "%s done: %d steps in %.2f s (%s), %d of %d calls shared, largest batch %d",
             job.job_id,
             job.watch.steps_done,
             run_s,
+            job.stages,
             job.calls_shared,
             job.calls_run,
             job.largest_batch,
