@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from types import TracebackType
@@ -167,14 +168,20 @@ async def _chunks(request: Request, limits: BodyLimits, limit: int) -> AsyncIter
     """Yield the body, at most `limit` bytes of it."""
     received = 0
     stream = request.stream()
+    began = time.monotonic()
     while True:
+        # The longest gap, and the slowest rate: one byte at a time would else last for ever.
+        left_s = limits.chunk_gap_s + received / limits.bytes_per_s - (time.monotonic() - began)
         try:
-            async with asyncio.timeout(limits.chunk_gap_s):
+            async with asyncio.timeout(min(limits.chunk_gap_s, left_s)):
                 chunk = await anext(stream)
         except StopAsyncIteration:
             return
         except TimeoutError:
-            raise SlowBody(f"No byte of the body came for {limits.chunk_gap_s:g} s.") from None
+            raise SlowBody(
+                f"The body came too slowly: nothing for {limits.chunk_gap_s:g} s, or less than "
+                f"{limits.bytes_per_s:g} bytes a second."
+            ) from None
         except ClientDisconnect:
             raise RequestError("The client went away while sending the body.") from None
         received += len(chunk)

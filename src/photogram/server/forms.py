@@ -14,7 +14,7 @@ from typing import IO
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
-from ..core.errors import RequestError, TooLarge
+from ..core.errors import RequestError, StorageFailed, TooLarge
 from ..core.request import JSONValue
 
 MAX_NESTING = 4
@@ -33,6 +33,7 @@ class BodyLimits:
     num_uploads: int = 17
     num_parts: int = 512
     chunk_gap_s: float = 60.0
+    bytes_per_s: float = 10_000.0  # on the average, after the first `chunk_gap_s` seconds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,7 +132,10 @@ class _Reader:
                 raise TooLarge(f"The texts of the form exceed {self.limits.body_bytes} bytes.", param=part.name)
         elif part.size_bytes > self.limits.upload_bytes:
             raise TooLarge(f"'{part.name}' exceeds {self.limits.upload_bytes} bytes.", param=part.name)
-        part.file.write(data[start:end])
+        try:
+            part.file.write(data[start:end])
+        except OSError as error:
+            raise StorageFailed(f"'{part.name}' could not be kept: {error.strerror}.", param=part.name) from error
 
     def _part_end(self) -> None:
         part, self._part = self._part, None

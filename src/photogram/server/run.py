@@ -25,6 +25,7 @@ from ..core.config import ServeConfig, parse_keep
 from ..core.errors import ConfigError, EngineLost, StorageFailed
 from ..engine import Engine
 from .answers import json_answer
+from .connection import Connection
 from .problems import answer
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ async def serve(
     server = _Server(
         uvicorn.Config(
             front,
+            http=Connection,
             log_config=None,
             access_log=config.log_level == "debug",
             lifespan="off",
