@@ -99,6 +99,8 @@ class ServeConfig:
     worker_memory_gb: float | None = setting(None, "memory jobs on the CPU may take beyond the model, GB, at most")
     # --- results
     data_dir: str = setting("~/.local/share/photogram", "folder for the job store and finished files")
+    storage: str | None = setting(None, "object store for finished files: s3://BUCKET/PREFIX, gs:// or az://")
+    presigned_url_seconds: int = setting(3600, "how long signed URLs of an object store last; 0: none are given")
     keep: str = setting("7d,20GB", "how long and how much finished work is kept: age, size or both")
     keep_uploads: str = setting("7d,5GB", "how long uploaded files are kept, and how much of them for each key")
     metadata: bool = setting(True, "write prompt, seed, steps and model into files")
@@ -140,6 +142,8 @@ class ServeConfig:
             raise ConfigError(f"--device '{self.device}': must be auto, cpu, cuda or cuda:N.")
         if self.public_url is not None and not re.match(r"https?://[^/]", self.public_url):
             raise ConfigError(f"--public-url '{self.public_url}': must start with http:// or https://.")
+        if not 0 <= self.presigned_url_seconds <= 604_800:
+            raise ConfigError(f"--presigned-url-seconds {self.presigned_url_seconds}: must be from 0 to 604800.")
         parse_keep(self.keep)
         parse_keep(self.keep_uploads, "--keep-uploads")
         self._check_loras()

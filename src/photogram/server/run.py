@@ -29,6 +29,7 @@ from .connection import Connection
 from .problems import answer
 
 if TYPE_CHECKING:
+    from ..storage import Storage
     from .loras import Loras
     from .service import Service
 
@@ -169,6 +170,7 @@ class _Host:
         try:
             await data.recover()
             await data.uploads.open()
+            await data.storage.start()
             host = _wire(config, data, make_engine)
         except BaseException:
             await data.close()
@@ -217,7 +219,7 @@ class _Data:
         self.outbound = Outbound(config.allow_url_host)
         self._inputs = config.data_path / INPUTS
         self.store = open_store(config.data_path)
-        self.storage = LocalStorage(config.data_path / "files")
+        self.storage = _storage(config)
         self.uploads = Uploads(
             UploadStore(self.store), LocalStorage(config.data_path / "uploads"), parse_keep(config.keep_uploads)
         )
@@ -249,6 +251,19 @@ class _Data:
         await self.storage.close()
         await self.store.close()
         await asyncio.to_thread(self._folder.close)
+
+
+def _storage(config: ServeConfig) -> Storage:
+    from ..storage.local import LocalStorage
+
+    local = LocalStorage(config.data_path / "files")
+    if config.storage is None:
+        return local
+    try:
+        from ..storage.object_store import ObjectStorage
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"--storage '{config.storage}': pip install 'photogram[object-storage]' first.") from error
+    return ObjectStorage(config.storage, local)
 
 
 def _wire(config: ServeConfig, data: _Data, make_engine: EngineFactory) -> _Host:

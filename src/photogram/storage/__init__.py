@@ -16,10 +16,14 @@ _KEY = re.compile(r"[a-z]{2,10}_[0-9a-f]{32}\.[a-z0-9]{2,5}")
 
 
 class Storage(Protocol):
-    """Whole files by key: written once, read in ranges, deleted. `LocalStorage` (storage/local.py) is a folder.
+    """Whole files by key: written once, read in ranges, deleted. `LocalStorage` (storage/local.py) is a folder,
+    `ObjectStorage` (storage/object_store.py) S3, Google's and Azure's.
 
     Every method raises StorageFailed when the place cannot do it now or when `key` is no key.
     """
+
+    async def start(self) -> None:
+        """Take up what an earlier server left; to be called once, before anything else."""
 
     async def put(self, key: str, data: bytes, content_type: str) -> None:
         """Keep a file. When this returns it is whole and lasting; when it raises nothing of it is left. An old file
@@ -33,6 +37,9 @@ class Storage(Protocol):
 
     def local_path(self, key: str) -> Path | None:
         """Return the file's place on this machine, for sending it without reading it; None where it has none."""
+
+    async def url(self, key: str, seconds: int) -> str | None:
+        """Return a URL that gives the file for some seconds without this server; None where there is none (now)."""
 
     async def delete(self, key: str) -> None:
         """Remove a file; one that is not there is fine."""

@@ -31,6 +31,9 @@ class LocalStorage:
         except OSError as error:
             raise ConfigError(f"storage folder '{root}': cannot be written ({error.strerror}).") from error
 
+    async def start(self) -> None:
+        pass
+
     async def put(self, key: str, data: bytes | IO[bytes], content_type: str) -> None:
         """Write, wait for the disk, and rename. The content type is the key's suffix here and is not kept."""
         await asyncio.to_thread(self._put, self._path(key), data)
@@ -68,6 +71,9 @@ class LocalStorage:
     async def keys(self) -> list[str]:
         """Return the keys of all files, in no order."""
         return await asyncio.to_thread(lambda: [path.name for path in self._root.glob("??/??/*")])
+
+    async def url(self, key: str, seconds: int) -> str | None:
+        return None
 
     async def delete(self, key: str) -> None:
         path = self._path(key)

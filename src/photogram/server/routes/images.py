@@ -14,8 +14,9 @@ from starlette.routing import Route
 from ...core.config import ServeConfig
 from ...core.errors import RequestError
 from ...jobs.store import JobStore
+from ...media.image_file import FILE_TYPES
 from ...media.provenance import used_loras
-from ...storage import Storage
+from ...storage import Storage, file_key
 from ..answers import header_text
 from ..body import read_body
 from ..border import owner_of
@@ -100,7 +101,8 @@ def image_routes(
             return Response(status_code=_CLIENT_GONE)
         warnings = dict.fromkeys((*call.warnings, *(text for one in made for text in one.warnings)))
         # Base64 of ten large pictures takes long enough to be felt by others.
-        data = await asyncio.to_thread(msgspec.json.encode, _answer(call, made, config.public_url))
+        urls = await _urls(call, made, config, storage) if call.response_format == "url" else None
+        data = await asyncio.to_thread(msgspec.json.encode, _answer(call, made, urls))
         return Response(data, headers=_headers(ignored, warnings), media_type="application/json")
 
     async def content(request: Request) -> Response:
@@ -124,19 +126,29 @@ def _headers(ignored: Iterable[str], warnings: Iterable[str]) -> dict[str, str]:
     return {name: text for name, text in texts.items() if text}
 
 
-def _answer(call: ImagesCall, made: list[Made], public_url: str | None) -> ImagesAnswer:
-    by_url = call.response_format == "url"
+async def _urls(call: ImagesCall, made: list[Made], config: ServeConfig, storage: Storage) -> list[str]:
+    """Return where each picture can be fetched: signed URLs of an object store where it has the file already."""
+    seconds = config.presigned_url_seconds
+    suffix = FILE_TYPES[call.format].suffix
+    return [
+        (await storage.url(file_key(one.image_id, suffix), seconds) if seconds else None)
+        or _url(one.image_id, config.public_url)
+        for one in made
+    ]
+
+
+def _answer(call: ImagesCall, made: list[Made], urls: list[str] | None) -> ImagesAnswer:
     return ImagesAnswer(
         created=int(time.time()),
         data=[
             ImageItem(
-                b64_json=None if by_url else one.data,
-                url=_url(one.image_id, public_url) if by_url else None,
+                b64_json=one.data if urls is None else None,
+                url=None if urls is None else urls[number],
                 id=one.image_id,
                 seed=one.seed,
                 generated_size=one.generated_size,
             )
-            for one in made
+            for number, one in enumerate(made)
         ],
         background="opaque",
         output_format=call.format,
