@@ -163,8 +163,9 @@ class _Traced(torch.Tensor):
         result = super().__torch_function__(func, types, args, kwargs or {})
         given = [leaf for leaf in tree_leaves((args, kwargs or {})) if isinstance(leaf, _Traced)]
         sources = frozenset().union(*(leaf.sources for leaf in given if hasattr(leaf, "sources")))
-        if func is torch.Tensor.item:  # an alpha, on its way into a scale
-            given[0].used.update(sources)
+        if func is torch.Tensor.item:
+            # An alpha, on its way into a scale; other tensors are read so only to see whether they are zero.
+            given[0].used.update(source for source in sources if source.endswith("alpha"))
         for leaf in tree_leaves(result):
             if isinstance(leaf, _Traced) and given:
                 leaf.sources, leaf.used = sources, given[0].used
