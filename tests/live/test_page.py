@@ -5,6 +5,7 @@ import shutil
 import httpx
 import pytest
 
+from lora_files import demo_lora
 from running import serve
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -57,6 +58,26 @@ def test_a_prompt_becomes_a_picture_with_progress_on_the_way(page, live_server):
     assert width == 256
     assert len(page.evaluate("[...window.seen]")) > 2, "the progress bar did not move"
     assert "11" in page.locator("#pictures").inner_text()
+
+
+def test_a_lora_of_the_server_can_be_chosen_with_its_strength(browser, tmp_path):
+    (tmp_path / "loras").mkdir()
+    demo_lora(tmp_path / "loras/noise.safetensors", seed=1)
+    server = serve(tmp_path, ["--lora-dir", str(tmp_path / "loras"), "--no-warmup"])
+    try:
+        tab = browser.new_page()
+        tab.goto(server.url)
+        tab.wait_for_selector("#lora-row:not([hidden])")
+        assert not tab.is_visible("#lora-strength")
+        tab.select_option("#lora", label="noise")
+        tab.fill("#lora-strength", "0.6")
+        tab.fill("#prompt", "a red circle")
+        assert '"strength": 0.6' in tab.text_content("#curl")
+        tab.click("#go")
+        tab.wait_for_selector("#pictures .frame:not(.unfinished) img", timeout=120_000)
+        assert "noise 0.6" in tab.locator("#pictures").inner_text()
+    finally:
+        server.stop()
 
 
 def test_an_error_is_shown_in_words(page, live_server):
