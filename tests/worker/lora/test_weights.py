@@ -22,7 +22,7 @@ def digest(studio: Studio) -> str:
     for name, module in sorted(studio.served.modules.items()):
         for key, tensor in sorted(module.module.state_dict().items()):
             total.update(f"{name}.{key}".encode())
-            total.update(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes())
+            total.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return total.hexdigest()
 
 
