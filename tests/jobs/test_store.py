@@ -11,8 +11,8 @@ from sqlalchemy.schema import CreateTable
 
 from photogram.core.errors import ConfigError, Conflict, NotFound, RequestError, StorageFailed
 from photogram.jobs.record import FINISHED, TRANSITIONS, IllegalTransition
-from photogram.jobs.schema import metadata
-from photogram.jobs.store import STORE_FILE, JobStore, Totals, open_store
+from photogram.jobs.schema import SCHEMA_VERSION, metadata
+from photogram.jobs.store import STORE_FILE, JobStore, Totals, _row, open_store
 
 from .records import Clock, finish, job
 
@@ -246,13 +246,13 @@ def test_what_was_running_when_the_server_died_is_failed_as_interrupted(tmp_path
         assert [each.job_id for each in await store.unfinished("image")] == [
             jobs[state].job_id for state in ("queued", "running", "encoding")
         ]
-        failed = await store.fail_interrupted("image")
+        failed = await store.fail_interrupted()
         assert [each.job_id for each in failed] == [jobs[state].job_id for state in ("queued", "running", "encoding")]
         assert {each.error_code for each in failed} == {"interrupted"}
         assert [each.file_key for each in failed] == [None, None, "key"]
         assert await store.unfinished() == (video,)
         assert (await store.get(jobs["completed"].job_id)).state == "completed"
-        assert await store.fail_interrupted("image") == ()
+        assert await store.fail_interrupted() == ()
 
     with_store(tmp_path, before)
     with_store(tmp_path, after)
@@ -333,8 +333,53 @@ def test_a_store_of_a_newer_photogram_is_refused(tmp_path):
     with_store(tmp_path, lambda store: store.totals())
     with sqlite3.connect(tmp_path / STORE_FILE) as connection:
         connection.execute("UPDATE schema_version SET version = 99")
-    with pytest.raises(ConfigError, match="schema 99, this photogram knows 1"):
+    with pytest.raises(ConfigError, match="schema 99, this photogram knows"):
         open_store(tmp_path)
+
+
+def test_a_store_of_the_first_version_is_brought_up_to_date_with_all_its_jobs(tmp_path):
+    record, failed = job(), job()
+    record = msgspec.structs.replace(record, idempotency_key="k")
+    with sqlite3.connect(tmp_path / STORE_FILE) as connection:
+        connection.executescript((Path(__file__).parent / "schema_1.sql").read_text())
+        for each in (record, failed):
+            row = _row(each)
+            names = [row[1] for row in connection.execute("PRAGMA table_info(jobs)") if row[1] != "position"]
+            marks = ", ".join("?" * len(names))
+            connection.execute(f"INSERT INTO jobs ({', '.join(names)}) VALUES ({marks})", [row[name] for name in names])
+    connection.close()
+
+    async def story(store):
+        assert await store.get(record.job_id) == record
+        await store.move(failed.job_id, "running")
+        await move(store, failed.job_id, "failed")
+        new = msgspec.structs.replace(job(kind="video"), webhook_url="https://example.com", facts={"a": [1]})
+        await store.create([new])
+        assert await store.get(new.job_id) == new
+
+    with_store(tmp_path, story)
+    with sqlite3.connect(tmp_path / STORE_FILE) as connection:
+        assert connection.execute("SELECT version FROM schema_version").fetchall() == [(SCHEMA_VERSION,)]
+    connection.close()
+    with_store(tmp_path, lambda store: store.totals())
+
+
+def test_a_migrated_store_has_the_tables_of_a_new_one(tmp_path):
+    (tmp_path / "old").mkdir()
+    with sqlite3.connect(tmp_path / "old" / STORE_FILE) as connection:
+        connection.executescript((Path(__file__).parent / "schema_1.sql").read_text())
+    connection.close()
+    columns = {}
+    for name in ("old", "new"):
+        with_store(tmp_path / name, lambda store: store.totals())
+        with sqlite3.connect(tmp_path / name / STORE_FILE) as connection:
+            tables = connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()
+            columns[name] = {
+                table: sorted(row[1:5] for row in connection.execute(f"PRAGMA table_info({table})"))
+                for (table,) in tables
+            }
+        connection.close()
+    assert columns["old"] == columns["new"]
 
 
 def test_a_database_of_something_else_is_refused_and_left_as_it_is(tmp_path):
@@ -423,7 +468,7 @@ def test_every_job_that_was_told_of_is_there_after_a_kill_in_mid_write(tmp_path)
     async def story(store):
         for job_id in told:
             assert (await store.get(job_id)).state == "running"
-        failed = await store.fail_interrupted("image")
+        failed = await store.fail_interrupted()
         assert {record.job_id for record in failed} >= set(told)
 
     with_store(tmp_path, story)

@@ -88,12 +88,12 @@ class StoreAgainstDict(RuleBasedStateMachine):
     def delete(self, job_id):
         assert self.run(self.store.delete(job_id)) == (self.model.pop(job_id, None) is not None)
 
-    @rule(kind=KINDS)
-    def interrupt(self, kind):
-        failed = self.run(self.store.fail_interrupted(kind))
+    @rule()
+    def interrupt(self):
+        failed = self.run(self.store.fail_interrupted())
         expected = []
         for job_id, record in self.model.items():
-            if record.kind == kind and not record.is_finished:
+            if not record.outlives_client and not record.is_finished:
                 self.model[job_id] = msgspec.structs.replace(
                     record,
                     state="failed",

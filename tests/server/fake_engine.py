@@ -9,6 +9,7 @@ that has none of them is refused, as the real engine does.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import re
@@ -85,8 +86,10 @@ class FakeEngine:
         self.loaded: dict[str, LoadedLora] = {}
         self.lora_calls: list[tuple[str, tuple[LoraUse, ...]]] = []
         self.lora_pause_s = 0.0
+        self.max_running: int | None = None  # the others wait, as in a worker
         self._jobs: dict[str, asyncio.Task[None]] = {}
         self._ready = asyncio.Event()
+        self._places: asyncio.Semaphore | None = None
 
     @property
     def card(self) -> ModelCard | None:
@@ -159,7 +162,10 @@ class FakeEngine:
     async def _run(self, request: GenerateRequest, listener: Listener) -> None:
         job_id = request.job_id
         try:
-            last = await self._make(request, listener)
+            if self.max_running is not None and self._places is None:
+                self._places = asyncio.Semaphore(self.max_running)
+            async with self._places or contextlib.nullcontext():
+                last = await self._make(request, listener)
         except asyncio.CancelledError:
             last = Failed(job_id=job_id, code="cancelled", message="The job was cancelled.")
         del self._jobs[job_id]

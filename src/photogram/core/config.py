@@ -94,7 +94,8 @@ class ServeConfig:
     max_frames: int = setting(1025, "frames of a clip, at most; a model may have a lower bound")
     max_steps: int = setting(200, "denoising steps, at most")
     max_upload_mb: int = setting(50, "size of one upload, MB")
-    request_timeout_s: float = setting(3600.0, "seconds a job may take from acceptance to pixels")
+    request_timeout_s: float = setting(3600.0, "seconds a picture may take from acceptance, a clip from its start")
+    drain_seconds: float = setting(120.0, "seconds running jobs may go on after SIGTERM; clips in the queue stay there")
     hang_timeout_s: float = setting(600.0, "seconds one call may take before the worker is replaced")
     worker_memory_gb: float | None = setting(None, "memory jobs on the CPU may take beyond the model, GB, at most")
     # --- results

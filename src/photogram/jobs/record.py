@@ -16,7 +16,7 @@ from typing import Literal
 import msgspec
 
 from ..core.errors import Conflict
-from ..core.request import GenerateRequest, OutputSpec
+from ..core.request import GenerateRequest, JSONValue, OutputSpec
 
 JobState = Literal["queued", "running", "encoding", "completed", "failed", "cancelled"]
 JobKind = Literal["image", "video"]
@@ -50,8 +50,11 @@ class JobRecord(msgspec.Struct, frozen=True, kw_only=True):
     """One picture or clip. Times are seconds since the epoch, `run_s` is seconds on the device.
 
     `group_id` is the API object that the job belongs to: the n pictures of one request share it, in the order of
-    `index`. `file_key` is set when encoding begins, so that no file is ever without its row; `file_bytes` when the
-    file is complete. `attempts` counts how often the job began to run.
+    `index`. `model` is the name that the client used, `served_model` the card's. `file_key` is set when encoding
+    begins, so that no file is ever without its row; `file_bytes` when the file is complete. `attempts` counts how
+    often the job began to run, `interruptions` how often the server died while it ran. `inputs` names the folder of
+    the pictures it needs until it is finished. `fingerprint` tells requests under one idempotency key apart.
+    `facts` is what the API's object shows beyond the request.
     """
 
     job_id: str
@@ -77,6 +80,21 @@ class JobRecord(msgspec.Struct, frozen=True, kw_only=True):
     prompt_tokens: int | None = None
     image_tokens: int | None = None
     idempotency_key: str | None = None
+    fingerprint: str | None = None
+    served_model: str | None = None
+    interruptions: int = 0
+    inputs: str | None = None
+    webhook_url: str | None = None
+    warnings: tuple[str, ...] = ()
+    facts: dict[str, JSONValue] = {}
+
+    @property
+    def outlives_client(self) -> bool:
+        """Whether the job goes on when its client hangs up, and after a restart: the client will ask for it again.
+
+        A picture belongs to the open connection, unless its request can be repeated under an idempotency key.
+        """
+        return self.kind == "video" or self.idempotency_key is not None
 
     @property
     def is_finished(self) -> bool:

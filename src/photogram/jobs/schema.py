@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import sqlite3
+from collections.abc import Callable
 from pathlib import Path
 
 from sqlalchemy import (
@@ -25,13 +27,16 @@ from sqlalchemy import (
     insert,
     inspect,
     select,
+    update,
 )
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from ..core.errors import ConfigError
 
-SCHEMA_VERSION = 1
+_log = logging.getLogger(__name__)
+
+SCHEMA_VERSION = 2
 
 metadata = MetaData()
 
@@ -65,12 +70,37 @@ jobs = Table(
     Column("prompt_tokens", Integer),
     Column("image_tokens", Integer),
     Column("idempotency_key", String(256)),
+    # --- since version 2
+    Column("fingerprint", String(64)),
+    Column("served_model", Text),
+    Column("interruptions", Integer, nullable=False, server_default="0"),
+    Column("inputs", String(64)),
+    Column("webhook_url", Text),
+    Column("warnings", Text, nullable=False, server_default="[]"),  # JSON
+    Column("facts", Text, nullable=False, server_default="{}"),  # JSON
     UniqueConstraint("group_id", "index_in_group"),
     # NULLs are all different to SQL: only jobs with a key are bound by this.
     UniqueConstraint("owner", "idempotency_key", "index_in_group", name="one_use_of_a_key"),
     Index("jobs_by_owner", "kind", "owner", "position"),
     Index("jobs_by_state", "state"),
     Index("jobs_by_finish", "finished_at", "job_id"),
+    sqlite_autoincrement=True,
+)
+
+deliveries = Table(
+    "deliveries",
+    metadata,
+    Column("position", Integer, primary_key=True, autoincrement=True),
+    Column("event_id", String(64), nullable=False, unique=True),
+    Column("job_id", String(64), nullable=False),
+    Column("url", Text, nullable=False),
+    Column("body", Text, nullable=False),  # JSON
+    Column("created_at", Float(53), nullable=False),
+    Column("state", String(16), nullable=False),
+    Column("attempts", Integer, nullable=False),
+    Column("due_at", Float(53), nullable=False),
+    Column("last_error", Text),
+    Index("deliveries_due", "state", "due_at"),
     sqlite_autoincrement=True,
 )
 
@@ -152,11 +182,36 @@ def _check_or_create(connection: Connection, name: str) -> None:
     found = connection.scalar(select(schema_version.c.version)) if {"schema_version", "jobs"} <= tables else None
     if found is None:
         raise ConfigError(f"job store '{name}': a database of something else. Give photogram another --data-dir.")
-    if found != SCHEMA_VERSION:
+    if found > SCHEMA_VERSION:
         raise ConfigError(
             f"job store '{name}': written with schema {found}, this photogram knows {SCHEMA_VERSION}. "
             "Use the photogram that wrote it, or another --data-dir."
         )
+    for version in range(found, SCHEMA_VERSION):
+        _log.info("job store '%s': brought from schema %d to %d", name, version, version + 1)
+        _MIGRATIONS[version](connection)
+    if found < SCHEMA_VERSION:
+        # Tables that older versions did not have; the others are left as they are.
+        metadata.create_all(connection)
+        connection.execute(update(schema_version).values(version=SCHEMA_VERSION))
+
+
+def _from_1_to_2(connection: Connection) -> None:
+    """Keys have fingerprints, jobs say what they need to be run again and whom to tell of their end."""
+    for column in (
+        "fingerprint VARCHAR(64)",
+        "served_model TEXT",
+        "interruptions INTEGER DEFAULT '0' NOT NULL",
+        "inputs VARCHAR(64)",
+        "webhook_url TEXT",
+        "warnings TEXT DEFAULT '[]' NOT NULL",
+        "facts TEXT DEFAULT '{}' NOT NULL",
+    ):
+        connection.exec_driver_sql(f"ALTER TABLE jobs ADD COLUMN {column}")
+
+
+_MIGRATIONS: dict[int, Callable[[Connection], None]] = {1: _from_1_to_2}
+"""How a database of one version becomes one of the next, all in one transaction. An old step is never edited."""
 
 
 def _damaged(name: str, verdict: str) -> str:

@@ -20,13 +20,21 @@ from sqlalchemy import URL, Connection, Engine, RowMapping, delete, func, insert
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
 from ..core.errors import Conflict, NotFound, RequestError, StorageFailed
-from ..core.request import GenerateRequest, OutputSpec
+from ..core.request import GenerateRequest, JSONValue, OutputSpec
+from .outbox import announce
 from .record import FINISHED, TRANSITIONS, UNFINISHED, IllegalTransition, JobKind, JobRecord, JobState
 from .schema import jobs, lock_folder, open_database, set_synchronous
 
 Result = TypeVar("Result")
 
 STORE_FILE = "jobs.sqlite3"
+# Columns that hold JSON, and of what.
+_JSON: dict[str, Any] = {
+    "request": GenerateRequest,
+    "output": OutputSpec,
+    "warnings": tuple[str, ...],
+    "facts": dict[str, JSONValue],
+}
 MAX_PAGE = 1000
 
 
@@ -73,11 +81,14 @@ class JobStore:
         run_s: float | None = None,
         prompt_tokens: int | None = None,
         image_tokens: int | None = None,
+        warnings: tuple[str, ...] | None = None,
+        interrupted: bool = False,
     ) -> JobRecord:
         """Move a job to a state, with what became known (None: unchanged), and return its new record.
 
         Of two writers that want to move the same job one wins; the other gets IllegalTransition. Beginning and end
-        are stamped with the store's clock unless given, and each beginning counts as an attempt. Raises NotFound.
+        are stamped with the store's clock unless given, each beginning counts as an attempt, and `interrupted` adds
+        to the interruptions. With a final state goes what is owed for it (`jobs/outbox`). Raises NotFound.
         """
         if to == "failed" and (error_code is None or error_message is None):
             raise ValueError("a failed job needs error_code and error_message")
@@ -93,8 +104,11 @@ class JobStore:
             "run_s": run_s,
             "prompt_tokens": prompt_tokens,
             "image_tokens": image_tokens,
+            "warnings": None if warnings is None else msgspec.json.encode(warnings).decode(),
         }
-        known = {name: value for name, value in changes.items() if value is not None}
+        known: dict[str, Any] = {name: value for name, value in changes.items() if value is not None}
+        if interrupted:
+            known["interruptions"] = jobs.c.interruptions + 1
         return await self._run(lambda connection: _move(connection, job_id, to, known), promise=to in FINISHED)
 
     async def get(self, job_id: str) -> JobRecord:
@@ -178,18 +192,19 @@ class JobStore:
         statement = delete(jobs).where(jobs.c.job_id == job_id)
         return await self._run(lambda connection: connection.execute(statement).rowcount == 1, promise=True)
 
-    async def fail_interrupted(self, kind: JobKind) -> tuple[JobRecord, ...]:
-        """Fail every unfinished job of a kind with the code ``interrupted``, and return them as they are now.
+    async def fail_interrupted(self) -> tuple[JobRecord, ...]:
+        """Fail the unfinished jobs that do not outlive their client, and return them as they are now.
 
-        For the start of a server, before it accepts anything: what is unfinished then has lost its client. A
-        `file_key` among them may name a file that is complete, half-way or absent: delete it.
+        For the start of a server, before it accepts anything: such a job has lost its client. A `file_key` among
+        them may name a file that is complete, half-way or absent: delete it.
         """
         now = self._clock()
 
         def fail(connection: Connection) -> tuple[JobRecord, ...]:
-            lost = select(jobs.c.job_id).where(jobs.c.kind == kind, jobs.c.state.in_(UNFINISHED))
+            alone = (jobs.c.kind == "image") & jobs.c.idempotency_key.is_(None)
+            lost = select(jobs.c.job_id).where(alone, jobs.c.state.in_(UNFINISHED))
             job_ids = connection.scalars(lost.order_by(jobs.c.position)).all()
-            changes: dict[str, str | float] = {
+            changes: dict[str, Any] = {
                 "error_code": "interrupted",
                 "error_message": "the server stopped before the job was finished; send the request again.",
                 "finished_at": now,
@@ -204,6 +219,16 @@ class JobStore:
         `promise` waits for the disk. Raises Conflict and StorageFailed as the store's own methods do.
         """
         return await self._run(work, promise=promise)
+
+    async def with_leftover_file(self) -> tuple[JobRecord, ...]:
+        """Return the failed and cancelled jobs whose row still names a file."""
+        query = select(jobs).where(jobs.c.state.in_(("failed", "cancelled")), jobs.c.file_key.is_not(None))
+        return await self._run(lambda connection: _records(connection.execute(query).mappings().all()))
+
+    async def forget_file(self, job_id: str) -> None:
+        """Note that the file of a job without result was removed. An unknown or completed job is left as it is."""
+        statement = update(jobs).where(jobs.c.job_id == job_id, jobs.c.state.in_(("failed", "cancelled")))
+        await self._run(lambda connection: connection.execute(statement.values(file_key=None)) and None)
 
     async def check_writable(self) -> None:
         """Raise StorageFailed when nothing could be committed now."""
@@ -260,9 +285,7 @@ def _insert(connection: Connection, rows: Sequence[Mapping[str, object]]) -> Non
     connection.execute(insert(jobs), rows)
 
 
-def _move(
-    connection: Connection, job_id: str, to: JobState, changes: Mapping[str, str | float | int | None]
-) -> JobRecord:
+def _move(connection: Connection, job_id: str, to: JobState, changes: Mapping[str, Any]) -> JobRecord:
     sources = [state for state, following in TRANSITIONS.items() if to in following]
     # The check and the change are one statement: whoever comes second finds no row to change.
     statement = update(jobs).where(jobs.c.job_id == job_id, jobs.c.state.in_(sources)).values(state=to, **changes)
@@ -272,6 +295,8 @@ def _move(
     record = _get(connection, job_id)
     if not won:
         raise IllegalTransition(job_id, record.state, to)
+    if record.is_finished:
+        announce(connection, record)
     return record
 
 
@@ -289,8 +314,8 @@ def _records(rows: Sequence[RowMapping]) -> tuple[JobRecord, ...]:
 def _row(record: JobRecord) -> dict[str, Any]:
     row = msgspec.structs.asdict(record)
     row["index_in_group"] = row.pop("index")
-    row["request"] = msgspec.json.encode(record.request).decode()
-    row["output"] = msgspec.json.encode(record.output).decode()
+    for name in _JSON:
+        row[name] = msgspec.json.encode(row[name]).decode()
     return row
 
 
@@ -298,6 +323,6 @@ def _record(row: RowMapping) -> JobRecord:
     fields = dict(row)
     del fields["position"]
     fields["index"] = fields.pop("index_in_group")
-    fields["request"] = msgspec.json.decode(fields["request"], type=GenerateRequest)
-    fields["output"] = msgspec.json.decode(fields["output"], type=OutputSpec)
+    for name, kind in _JSON.items():
+        fields[name] = msgspec.json.decode(fields[name], type=kind)
     return JobRecord(**fields)

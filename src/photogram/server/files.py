@@ -95,6 +95,13 @@ async def open_content(store: JobStore, storage: Storage, content_id: str, owner
     return copy
 
 
+async def stored_bytes(record: JobRecord, storage: Storage) -> bytes:
+    """Return a completed job's whole file. Raises NotFound when it is gone."""
+    if record.file_key is None:
+        raise NotFound(f"'{record.job_id}' has no file.", code="file_not_found")
+    return b"".join([chunk async for chunk in storage.read(record.file_key)])
+
+
 async def file_answer(request: Request, record: JobRecord, storage: Storage) -> Response:
     """Return a completed job's file: 200, 206 for a range, 304 for a client that has it, 416 beyond its end.
 

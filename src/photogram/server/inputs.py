@@ -30,8 +30,6 @@ from .fields import shown
 from .forms import SPOOL_BYTES, Upload
 from .sizes import Size
 
-INPUTS = "inputs"
-"""Folder, under the data folder, of pictures that unfinished jobs need."""
 MAX_INPUTS = 16
 IMAGE_FIELDS = ("image", "images", "url")
 

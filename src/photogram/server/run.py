@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
-import shutil
 import socket
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
@@ -22,7 +21,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ..core.card import ModelCard
 from ..core.config import ServeConfig, parse_keep
-from ..core.errors import ConfigError, EngineLost, StorageFailed
+from ..core.errors import ConfigError, EngineLost
 from ..engine import Engine
 from .answers import json_answer
 from .connection import Connection
@@ -38,8 +37,6 @@ log = logging.getLogger(__name__)
 EngineFactory = Callable[[ServeConfig, Path], Engine]
 """Makes the engine from the settings and the folder for its frames."""
 
-GRACE_S = 120.0
-"""How long running jobs may go on after SIGTERM."""
 _LAST_ANSWERS_S = 10
 
 
@@ -49,7 +46,6 @@ async def serve(
     *,
     on_listening: Callable[[str], None] | None = None,
     on_ready: Callable[[ModelCard], None] | None = None,
-    grace_s: float = GRACE_S,
 ) -> None:
     """Serve until SIGTERM or SIGINT; the second one does not wait for running jobs.
 
@@ -77,7 +73,7 @@ async def serve(
             on_listening(url_of(listener))
         host = await _Host.build(config, make_engine)
         front.app = host.app
-        await _serve_until_told(server, listening, host, on_ready, grace_s)
+        await _serve_until_told(server, listening, host, on_ready, config.drain_seconds)
     finally:
         if host is not None:
             await host.end_jobs()
@@ -193,7 +189,7 @@ class _Host:
         self.service.drain()
         if self.engine.status.state != "stopped":
             await self.engine.stop(0)
-        await self.service.wait_idle()
+        await self.service.end()
 
     async def close(self) -> None:
         for task in self._tasks:
@@ -207,17 +203,17 @@ class _Data:
 
     def __init__(self, config: ServeConfig) -> None:
         from ..engine.frames_folder import frames_folder
+        from ..jobs.inputs import INPUTS, InputFolders
         from ..jobs.store import open_store
         from ..jobs.uploads import UploadStore
         from ..media.decoder_pool import DecoderPool
         from ..media.pool import MediaPool
         from ..net.client import Outbound
         from ..storage.local import LocalStorage
-        from .inputs import INPUTS
         from .uploads import Uploads
 
         self.outbound = Outbound(config.allow_url_host)
-        self._inputs = config.data_path / INPUTS
+        self.inputs = InputFolders(config.data_path / INPUTS)
         self.store = open_store(config.data_path)
         self.storage = _storage(config)
         self.uploads = Uploads(
@@ -230,14 +226,10 @@ class _Data:
         self.decoders.start()
 
     async def recover(self) -> None:
-        """Fail what an earlier server left unfinished: its clients are gone."""
-        # Pictures of edits among it.
-        await asyncio.to_thread(shutil.rmtree, self._inputs, ignore_errors=True)
-        for record in await self.store.fail_interrupted("image"):
-            log.warning("job %s was interrupted by the end of an earlier server", record.job_id)
-            if record.file_key is not None:
-                with suppress(StorageFailed):
-                    await self.storage.delete(record.file_key)
+        """Put in order what an earlier server left unfinished."""
+        from ..jobs.recovery import recover
+
+        await recover(self.store, self.storage, self.inputs)
 
     async def keep_pruning(self, config: ServeConfig) -> None:
         from ..jobs.retention import keep_pruning
@@ -270,16 +262,16 @@ def _wire(config: ServeConfig, data: _Data, make_engine: EngineFactory) -> _Host
     from .app import create_app
     from .auth import Keys, read_keys
     from .files import open_content
-    from .inputs import INPUTS, Intake
+    from .inputs import Intake
     from .lora_files import LoraFinder
     from .loras import Loras
     from .service import Service
 
     engine = make_engine(config, data.frames_dir)
-    service = Service(config, engine, data.store, data.storage, data.media)
+    service = Service(config, engine, data.store, data.storage, data.media, data.inputs)
     keys = Keys(read_keys(config), config.admin_api_key)
     intake = Intake(
-        config.data_path / INPUTS,
+        data.inputs.root,
         data.decoders,
         data.outbound if config.fetch_urls else None,
         max_bytes=config.max_upload_mb * 1_000_000,
@@ -302,9 +294,10 @@ async def _serve_until_told(
     listening: asyncio.Task[None],
     host: _Host,
     on_ready: Callable[[ModelCard], None] | None,
-    grace_s: float,
+    drain_s: float,
 ) -> None:
     await host.engine.start()
+    await host.service.resume()
     ready = asyncio.create_task(host.wait_ready())
     told = asyncio.create_task(server.told_to_stop.wait())
     try:
@@ -319,10 +312,10 @@ async def _serve_until_told(
             task.cancel()
         await asyncio.wait({ready, told})
     if not listening.done():
-        await _drain(server, host, grace_s)
+        await _drain(server, host, drain_s)
 
 
-async def _drain(server: _Server, host: _Host, grace_s: float) -> None:
+async def _drain(server: _Server, host: _Host, drain_s: float) -> None:
     """Answer 503 to what comes, and let what runs finish; a second signal ends the waiting."""
     log.info("stopping: %d jobs unfinished", host.service.num_jobs)
     host.service.drain()
@@ -330,9 +323,9 @@ async def _drain(server: _Server, host: _Host, grace_s: float) -> None:
     async def finish() -> None:
         # The service first: a job it has admitted may be on its way to the engine, which takes none while stopping.
         with suppress(TimeoutError):
-            await asyncio.wait_for(host.service.wait_idle(), grace_s)
+            await asyncio.wait_for(host.service.wait_idle(), drain_s)
         await host.engine.stop(0)
-        await host.service.wait_idle()
+        await host.service.end()
 
     finishing, again = asyncio.create_task(finish()), asyncio.create_task(server.told_again.wait())
     try:

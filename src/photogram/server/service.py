@@ -1,39 +1,32 @@
-"""From a resolved call to finished files: admits jobs, keeps their rows, hands them to the engine, stores the results.
+"""Jobs of this server: admits them, keeps them going whoever watches, and answers for each by its id.
 
-Every job that was admitted ends in one final state of its row and in one outcome for its caller, whatever fails.
-Knows nothing of HTTP.
+A job is in the store before its client hears of it. From then on it is attended by the server: every admitted job
+ends in one final state of its row, or is left queued for the next server. Knows nothing of HTTP.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 
 from ..core.card import ModelCard
 from ..core.config import ServeConfig
-from ..core.errors import (
-    JOB_ERRORS,
-    Busy,
-    EngineLost,
-    GenerationFailed,
-    RequestError,
-    ServiceError,
-    TimedOut,
-)
-from ..core.messages import Failed, Finished, FrameBlock, JobEvent, Preview, Progress
+from ..core.errors import Busy, Conflict, EngineLost, GenerationFailed, NotFound, RequestError, ServiceError
+from ..core.messages import Progress
+from ..core.request import JSONValue
 from ..engine import Engine
-from ..jobs.record import JobRecord, new_id
+from ..jobs.inputs import InputFolders
+from ..jobs.record import IllegalTransition, JobKind, JobRecord, new_id
 from ..jobs.store import JobStore
-from ..media.image_file import FILE_TYPES
-from ..media.pool import MediaPool
-from ..media.provenance import describe
-from ..storage import Storage, file_key
+from ..storage import Storage
+from .attendant import Attendant, Media
+from .files import stored_bytes
+from .group import Group
+from .live import LiveJob, Made, Moved, Outcome, Stepped, job_error, made
 from .resolve import Drawing, ImagesCall
-
-log = logging.getLogger(__name__)
 
 LONGEST_RETRY_AFTER_S = 60.0
 # Weight of the newest job in the running mean of how long a job takes.
@@ -41,142 +34,49 @@ _NEWEST = 0.2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Partial:
-    """A picture of unfinished work; `number` counts them for one image, from 0."""
+class Idempotency:
+    """A client's key, which makes a repeated request the same request, and the digest of what it asked for."""
 
-    index: int
-    number: int
-    data: bytes
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Stepped:
-    index: int
-    progress: Progress
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Made:
-    """A finished picture, which is stored already. `data` is the file's bytes."""
-
-    index: int
-    image_id: str
-    seed: int
-    generated_size: str
-    data: bytes
-    prompt_tokens: int
-    image_tokens: int
-    warnings: tuple[str, ...]
-
-
-Outcome = Partial | Stepped | Made
-
-
-class _Cancelled(Exception):
-    """The engine ended the job because somebody cancelled it."""
-
-
-class Group:
-    """The jobs of one call, for the one who waits for them."""
-
-    def __init__(self, engine: Engine, job_ids: Sequence[str], *, wants_progress: bool) -> None:
-        self._engine = engine
-        self._pending = dict.fromkeys(job_ids)
-        self._size = len(job_ids)
-        self._outcomes: asyncio.Queue[Outcome | ServiceError] = asyncio.Queue()
-        self.wants_progress = wants_progress
-        self.cancelled = False
-        self.when_over: Callable[[], None] = lambda: None  # called once no job of the group needs its inputs
-
-    def cancel(self) -> None:
-        """End the jobs that are not finished: nobody waits for them any more. Harmless when all are."""
-        if self._pending:
-            self.cancelled = True
-            for job_id in self._pending:
-                self._engine.cancel(job_id)
-
-    async def outcomes(self) -> AsyncIterator[Outcome]:
-        """Yield what happens until each job has its `Made`. Raises the ServiceError of the first that fails."""
-        num_made = 0
-        while num_made < self._size:
-            outcome = await self._outcomes.get()
-            if isinstance(outcome, ServiceError):
-                raise outcome
-            num_made += isinstance(outcome, Made)
-            yield outcome
-
-    async def all_made(self) -> list[Made]:
-        """Return the pictures in the order of their seeds. Raises the ServiceError of the first that fails."""
-        made = [outcome async for outcome in self.outcomes() if isinstance(outcome, Made)]
-        return sorted(made, key=lambda one: one.index)
-
-    def post(self, outcome: Outcome | ServiceError) -> None:
-        self._outcomes.put_nowait(outcome)
-
-    def is_over(self, job_id: str) -> None:
-        """Note that a job needs no cancelling any more."""
-        self._pending.pop(job_id, None)
-        if not self._pending:
-            self.when_over()
-
-
-@dataclass(slots=True, kw_only=True)
-class _Job:
-    """One job on its way; `ended` is false from its submission to the engine's last word on it."""
-
-    record: JobRecord
-    drawing: Drawing
-    group: Group
-    began: float
-    events: asyncio.Queue[JobEvent] = field(default_factory=asyncio.Queue)
-    is_running: bool = False
-    num_previews: int = 0
-    ended: bool = True
-
-    @property
-    def job_id(self) -> str:
-        return self.record.job_id
-
-    async def next_event(self) -> JobEvent:
-        event = await self.events.get()
-        self.ended = isinstance(event, Finished | Failed)
-        return event
+    key: str
+    fingerprint: str
 
 
 class Service:
-    """Runs image calls. One per server; lives on the event loop."""
+    """Runs jobs. One per server; lives on the event loop."""
 
     def __init__(
-        self, config: ServeConfig, engine: Engine, store: JobStore, storage: Storage, media: MediaPool
+        self,
+        config: ServeConfig,
+        engine: Engine,
+        store: JobStore,
+        storage: Storage,
+        media: Media,
+        inputs: InputFolders,
     ) -> None:
         self._config = config
         self._engine = engine
         self._store = store
         self._storage = storage
-        self._media = media
-        self._num_jobs = 0
+        self._inputs = inputs
+        self._attendant = Attendant(config, engine, store, storage, media, inputs)
+        self._live: dict[str, LiveJob] = {}
+        self._num_entering = 0
         self._mean_run_s = 1.0
         self._draining = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._idle = asyncio.Event()
         self._idle.set()
 
+    # --- admitting ------------------------------------------------------------------------------------------------
+
     @property
     def num_jobs(self) -> int:
         """Jobs admitted and not finished."""
-        return self._num_jobs
+        return len(self._live) + self._num_entering
 
     @property
     def is_draining(self) -> bool:
         return self._draining
-
-    def drain(self) -> None:
-        """Admit nothing any more; what was admitted goes on."""
-        self._draining = True
-
-    async def wait_idle(self) -> None:
-        """Wait until every admitted job has reached its final state."""
-        await self._idle.wait()
 
     def card(self) -> ModelCard:
         """Return the served model's card. Raises EngineLost while no job could be taken."""
@@ -184,179 +84,253 @@ class Service:
             raise EngineLost("The server is shutting down.", code="shutting_down")
         return loaded_card(self._engine)
 
-    async def begin(self, call: ImagesCall) -> Group:
-        """Admit the jobs of a call, all or none, and start them. Raises Busy beyond the queue's bound."""
+    async def begin(
+        self, call: ImagesCall, *, inputs: str | None = None, idempotency: Idempotency | None = None
+    ) -> Group:
+        """Admit the pictures of a call, all or none, and start them; or join those that the same request began.
+
+        `inputs` names the folder of the pictures that they need; it is the service's to remove from here on. Raises
+        Busy beyond the queue's bound, Conflict for a key that another request has used.
+        """
+        records = await self._enter("image", call.drawings, call.model, inputs=inputs, idempotency=idempotency)
+        return await self._join(records)
+
+    async def begin_clip(
+        self,
+        drawing: Drawing,
+        *,
+        model: str,
+        inputs: str | None = None,
+        idempotency: Idempotency | None = None,
+        webhook_url: str | None = None,
+        facts: Mapping[str, JSONValue] | None = None,
+    ) -> JobRecord:
+        """Admit a clip and start it, and return its record at once; or that of the same request before.
+
+        It goes on whoever watches. `facts` is what the API's object shows beyond the request. Raises as `begin`.
+        """
+        records = await self._enter(
+            "video", [drawing], model, inputs=inputs, idempotency=idempotency, webhook_url=webhook_url, facts=facts
+        )
+        return records[0]
+
+    async def repeated(self, owner: str, idempotency: Idempotency | None) -> tuple[JobRecord, ...]:
+        """Return the jobs that the owner's same request began before; none for a new one.
+
+        Raises Conflict where the key belongs to another request.
+        """
+        if idempotency is None:
+            return ()
+        records = await self._store.with_idempotency_key(owner, idempotency.key)
+        if any(record.fingerprint != idempotency.fingerprint for record in records):
+            raise Conflict(
+                "This Idempotency-Key was used with another request; send a new key with a new request.",
+                param="Idempotency-Key",
+                code="idempotency_conflict",
+            )
+        return records
+
+    async def _enter(
+        self,
+        kind: JobKind,
+        drawings: Sequence[Drawing],
+        model: str,
+        *,
+        inputs: str | None,
+        idempotency: Idempotency | None,
+        webhook_url: str | None = None,
+        facts: Mapping[str, JSONValue] | None = None,
+    ) -> Sequence[JobRecord]:
+        """Commit new jobs and start them; return them, or those of the same request before."""
+        earlier = await self.repeated(drawings[0].request.owner, idempotency)
+        if earlier:
+            return self._instead(earlier, inputs)
         card = self.card()
-        num = len(call.drawings)
+        self._check_room(len(drawings))
+        group_id, now = new_id("group"), time.time()
+        records = [
+            JobRecord(
+                job_id=drawing.request.job_id,
+                group_id=group_id,
+                index=index,
+                kind=kind,
+                owner=drawing.request.owner,
+                model=model,
+                request=drawing.request,
+                output=drawing.output,
+                created_at=now,
+                idempotency_key=idempotency.key if idempotency else None,
+                fingerprint=idempotency.fingerprint if idempotency else None,
+                served_model=card.name,
+                inputs=inputs,
+                webhook_url=webhook_url,
+                facts=dict(facts or {}),
+            )
+            for index, drawing in enumerate(drawings)
+        ]
+        # A caller that goes away in the middle must not leave a row that nobody attends to.
+        return await asyncio.shield(asyncio.create_task(self._commit(records, inputs, idempotency)))
+
+    def _check_room(self, num: int) -> None:
         limit = self._config.max_queue
         if num > limit:
             raise RequestError(f"n {num}: this server takes at most {limit} jobs at a time (--max-queue).", param="n")
-        if self._num_jobs + num > limit:
+        if self.num_jobs + num > limit:
             raise Busy(
-                f"The queue is full: {self._num_jobs} of {limit} jobs (--max-queue). Try again later.",
+                f"The queue is full: {self.num_jobs} of {limit} jobs (--max-queue). Try again later.",
                 retry_after_s=min(self._mean_run_s, LONGEST_RETRY_AFTER_S),
             )
-        self._count(num)
-        records = _records(call, card)
+
+    async def _commit(
+        self, records: Sequence[JobRecord], inputs: str | None, idempotency: Idempotency | None
+    ) -> Sequence[JobRecord]:
+        """Write the rows and start their jobs. Of two requests with one key that come at once, one gets here first."""
+        self._enter_or_leave(len(records))
         try:
             await self._store.create(records)
-        except BaseException:
-            self._count(-num)
-            raise
-        group = Group(
-            self._engine, [record.job_id for record in records], wants_progress=call.stream and call.stream_progress
-        )
-        began = time.monotonic()
-        for record, drawing in zip(records, call.drawings, strict=True):
-            job = _Job(record=record, drawing=drawing, group=group, began=began)
-            task = asyncio.create_task(self._attend(job, card))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
-        return group
+            for record in records:
+                self._start(record)
+            return records
+        except Conflict:
+            earlier = await self.repeated(records[0].owner, idempotency)
+            if not earlier:
+                raise
+            return self._instead(earlier, inputs)
+        finally:
+            self._enter_or_leave(-len(records))
 
-    def _count(self, change: int) -> None:
-        self._num_jobs += change
-        if self._num_jobs:
+    def _instead(self, earlier: Sequence[JobRecord], inputs: str | None) -> Sequence[JobRecord]:
+        if inputs is not None:
+            self._inputs.remove(inputs)
+        return earlier
+
+    async def _join(self, records: Sequence[JobRecord]) -> Group:
+        """Return a group of jobs, some of which may be over. Raises the error of one that failed."""
+        live = [self._live[record.job_id] for record in records if record.job_id in self._live]
+        done: list[Made] = []
+        for record in records:
+            if record.job_id in self._live:
+                continue
+            if not record.is_finished:
+                record = await self._store.get(record.job_id)
+            if record.state == "completed":
+                done.append(made(record, await stored_bytes(record, self._storage)))
+            else:
+                raise _no_picture(record)
+        return Group(live, self._give_up, done=done)
+
+    # --- running --------------------------------------------------------------------------------------------------
+
+    async def resume(self) -> None:
+        """Take up the jobs that an earlier server left queued, oldest first, however many they are."""
+        for record in await self._store.unfinished():
+            self._start(record)
+
+    def _start(self, record: JobRecord) -> None:
+        job = LiveJob(record, time.monotonic())
+        self._live[record.job_id] = job
+        self._idle.clear()
+        task = asyncio.create_task(self._attend(job))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _attend(self, job: LiveJob) -> None:
+        try:
+            await self._attendant.attend(job)
+        finally:
+            del self._live[job.job_id]
+            self._enter_or_leave(0)
+        if job.record.state == "completed":
+            self._mean_run_s += _NEWEST * (time.monotonic() - job.began - self._mean_run_s)
+
+    def _enter_or_leave(self, change: int) -> None:
+        self._num_entering += change
+        if self.num_jobs:
             self._idle.clear()
         else:
             self._idle.set()
 
-    # --- one job --------------------------------------------------------------------------------------------------
+    def _give_up(self, job: LiveJob) -> None:
+        """End a job that nobody wants any more; its attendant writes the row."""
+        if job.job_id in self._live and not job.record.is_finished:
+            self._halt(job, is_unwanted=True)
 
-    async def _attend(self, job: _Job, card: ModelCard) -> None:
-        """See one job through to its final state."""
-        try:
-            job.group.post(await self._until_made(job, card))
-        except _Cancelled:
-            await self._write_end(job, None)
-        except ServiceError as error:
-            await self._write_end(job, error)
-            job.group.post(error)
-        except Exception:
-            # One job's border: a fault of ours must not leave its caller waiting, nor its row unfinished.
-            log.exception("job %s failed for an unforeseen reason", job.job_id)
-            failure = GenerationFailed("The server failed to handle this job.", code="internal_error")
-            await self._write_end(job, failure)
-            job.group.post(failure)
-        finally:
-            await self._silence(job)
-            job.group.is_over(job.job_id)
-            self._count(-1)
+    def _halt(self, job: LiveJob, *, is_unwanted: bool, is_deleted: bool = False) -> None:
+        job.halt(is_unwanted=is_unwanted, is_deleted=is_deleted)
+        self._engine.cancel(job.job_id)
 
-    async def _until_made(self, job: _Job, card: ModelCard) -> Made:
-        self._engine.submit(job.drawing.request, job.events.put_nowait)
-        job.ended = False
-        limit_s = self._config.request_timeout_s
-        try:
-            async with asyncio.timeout(limit_s):
-                finished = await self._until_finished(job)
-        except TimeoutError:
-            raise TimedOut(f"The job took longer than {limit_s:g} s (--request-timeout-s).") from None
-        run_s = time.monotonic() - job.began
-        self._mean_run_s += _NEWEST * (run_s - self._mean_run_s)
-        return await self._keep(job, finished, card)
+    # --- one job by its id ----------------------------------------------------------------------------------------
 
-    async def _until_finished(self, job: _Job) -> Finished:
-        """Follow the engine's events until the pixels are there."""
-        while True:
-            event = await job.next_event()
-            match event:
-                case Progress():
-                    await self._note_running(job)
-                    if job.group.wants_progress:
-                        job.group.post(Stepped(index=job.record.index, progress=event))
-                case Preview():
-                    await self._show(job, event)
-                case Finished():
-                    if job.group.cancelled:
-                        self._discard(event.frames)
-                        raise _Cancelled
-                    return event
-                case Failed():
-                    raise _failure(event, job.group)
+    def progress(self, job_id: str) -> Progress | None:
+        """Return how far an unfinished job is; None where nothing is known yet, or any more."""
+        job = self._live.get(job_id)
+        return None if job is None else job.progress
 
-    async def _note_running(self, job: _Job) -> None:
-        if not job.is_running:
-            job.is_running = True
-            await self._store.move(job.job_id, "running")
-            log.info("job %s runs", job.job_id)
+    async def watch(self, job_id: str) -> AsyncGenerator[Outcome, None]:
+        """Yield where a job is, then what happens to it: `Moved` for each state, `Stepped`, `Partial`.
 
-    async def _show(self, job: _Job, preview: Preview) -> None:
-        # A job that was begun again on another worker shows its first pictures twice.
-        if job.group.cancelled or preview.index < job.num_previews:
-            self._discard(preview.frames)
+        The last is a `Moved` to a final state. Any number may watch. Raises NotFound, also when the job is deleted
+        meanwhile, and EngineLost when this server stops before the job is done.
+        """
+        job = self._live.get(job_id)
+        if job is None or job.record.is_finished:
+            yield Moved(record=await self._store.get(job_id))
             return
-        encoded = await self._media.encode_picture(preview.frames, job.drawing.output, None)
-        job.group.post(Partial(index=job.record.index, number=job.num_previews, data=encoded.data))
-        job.num_previews = preview.index + 1
+        with job.followed() as outcomes:
+            yield Moved(record=job.record)
+            if job.progress is not None:
+                yield Stepped(index=job.record.index, progress=job.progress)
+            async for outcome in outcomes:
+                yield outcome
 
-    async def _keep(self, job: _Job, finished: Finished, card: ModelCard) -> Made:
-        """Encode and store a picture, and complete its row."""
-        request, output = job.drawing.request, job.drawing.output
-        key = file_key(job.job_id, FILE_TYPES[output.format].suffix)
+    async def cancel(self, job_id: str) -> JobRecord:
+        """End a job and return its record; one that is finished stays as it is. Raises NotFound."""
         try:
-            await self._note_running(job)
-            await self._store.move(job.job_id, "encoding", file_key=key)
-        except BaseException:
-            self._discard(finished.frames)
-            raise
-        provenance = describe(request, output, card) if self._config.metadata else None
-        encoded = await self._media.encode_picture(finished.frames, output, provenance)
-        await self._storage.put(key, encoded.data, encoded.content_type)
-        await self._store.move(
-            job.job_id,
-            "completed",
-            content_type=encoded.content_type,
-            file_bytes=len(encoded.data),
-            run_s=finished.run_s,
-            prompt_tokens=finished.prompt_tokens,
-            image_tokens=finished.image_tokens,
-        )
-        log.info("job %s completed in %.2f s", job.job_id, finished.run_s)
-        return Made(
-            index=job.record.index,
-            image_id=job.job_id,
-            seed=request.seed,
-            generated_size=str(job.drawing.generated_size),
-            data=encoded.data,
-            prompt_tokens=finished.prompt_tokens,
-            image_tokens=finished.image_tokens,
-            warnings=finished.warnings,
-        )
+            record = await self._store.move(job_id, "cancelled")
+        except IllegalTransition:
+            return await self._store.get(job_id)
+        job = self._live.get(job_id)
+        if job is not None:
+            job.move(record)
+            self._halt(job, is_unwanted=True)
+        elif record.inputs:
+            await asyncio.to_thread(self._inputs.remove, record.inputs)
+        return record
 
-    async def _write_end(self, job: _Job, error: ServiceError | None) -> None:
-        """Write how a job without a picture ended; None is cancelled."""
-        try:
-            if error is None:
-                await self._store.move(job.job_id, "cancelled")
-                log.info("job %s cancelled", job.job_id)
-            else:
-                await self._store.move(
-                    job.job_id,
-                    "failed",
-                    error_code=error.code,
-                    error_message=error.message,
-                    error_param=error.param,
-                )
-                log.warning("job %s failed: %s", job.job_id, error.message)
-        except ServiceError as trouble:
-            # The next start finds the row unfinished and fails it.
-            log.error("job %s: its end could not be written: %s", job.job_id, trouble.message)
+    async def delete(self, job_id: str) -> None:
+        """Forget a job with its file; an unfinished one is stopped first. Raises NotFound, StorageFailed.
 
-    async def _silence(self, job: _Job) -> None:
-        """Cancel a job that the engine still runs, and throw away what it sends until its last word."""
-        if not job.ended:
-            self._engine.cancel(job.job_id)
-        while not job.ended:
-            event = await job.next_event()
-            if isinstance(event, Preview | Finished):
-                self._discard(event.frames)
+        The file goes before the row, so that no file is ever without its row.
+        """
+        job = self._live.get(job_id)
+        if job is not None:
+            self._halt(job, is_unwanted=True, is_deleted=True)
+            await job.wait_over()
+        record = await self._store.get(job_id)
+        if record.file_key is not None:
+            with suppress(NotFound):
+                await self._storage.delete(record.file_key)
+        await self._store.delete(job_id)
+        if record.inputs:
+            await asyncio.to_thread(self._inputs.remove, record.inputs)
 
-    def _discard(self, frames: FrameBlock) -> None:
-        try:
-            self._media.discard(frames)
-        except ServiceError as error:
-            log.warning("frames %s were not removed: %s", frames.path, error.message)
+    # --- ending ---------------------------------------------------------------------------------------------------
+
+    def drain(self) -> None:
+        """Admit nothing any more. What runs goes on, and so does what a client waits for; the rest stays queued."""
+        self._draining = True
+        for job in self._live.values():
+            if job.record.outlives_client and job.record.state == "queued":
+                self._halt(job, is_unwanted=False)
+
+    async def wait_idle(self) -> None:
+        """Wait until every admitted job is over here."""
+        await self._idle.wait()
+
+    async def end(self) -> None:
+        """Wait for the ends of the jobs, once the engine has stopped."""
+        self._attendant.hurry()
+        await self._idle.wait()
 
 
 def loaded_card(engine: Engine) -> ModelCard:
@@ -367,26 +341,10 @@ def loaded_card(engine: Engine) -> ModelCard:
     return card
 
 
-def _records(call: ImagesCall, card: ModelCard) -> list[JobRecord]:
-    group_id, now = new_id("group"), time.time()
-    return [
-        JobRecord(
-            job_id=drawing.request.job_id,
-            group_id=group_id,
-            index=index,
-            kind="image",
-            owner=drawing.request.owner,
-            model=call.model,
-            request=drawing.request,
-            output=drawing.output,
-            created_at=now,
-        )
-        for index, drawing in enumerate(call.drawings)
-    ]
-
-
-def _failure(event: Failed, group: Group) -> Exception:
-    if event.code == "cancelled":
-        return _Cancelled() if group.cancelled else EngineLost("The job was ended: the server is shutting down.")
-    error = JOB_ERRORS.get(event.code, GenerationFailed)
-    return error(event.message, param=event.param, code=event.code)
+def _no_picture(record: JobRecord) -> ServiceError:
+    """Return why a picture that was asked for before is not there."""
+    if record.state == "failed":
+        return job_error(record.error_code or "generation_failed", record.error_message or "", record.error_param)
+    if record.state == "cancelled":
+        return GenerationFailed(f"Image '{record.job_id}' was cancelled.", code="cancelled")
+    return EngineLost(f"Image '{record.job_id}' is {record.state}; it waits for a server of its model.")

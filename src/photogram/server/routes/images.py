@@ -24,7 +24,9 @@ from ..events import EventStream, event, unless_gone
 from ..fields import Field, coerce
 from ..files import file_answer, finished_image
 from ..forms import BodyLimits
+from ..group import Group
 from ..inputs import Intake
+from ..live import Made, Partial, Stepped
 from ..loras import Loras
 from ..resolve import ImagesCall, Resolver
 from ..schemas import (
@@ -37,7 +39,7 @@ from ..schemas import (
     TokenDetails,
     Usage,
 )
-from ..service import Group, Made, Partial, Service, Stepped
+from ..service import Service
 from . import with_and_without_v1
 
 _VARIANT = Field(name="variant", kind="int", low=0, high=MAX_IMAGES - 1, help="Which picture of the request.")
@@ -82,21 +84,20 @@ def image_routes(
                 )
             try:
                 call = resolver.images(body.fields, card, owner, inputs, await loras.choose(body.fields, card))
-                group = await service.begin(call)
+                group = await service.begin(call, inputs=inputs.folder.name)
             except BaseException:
                 inputs.remove()
                 raise
-            group.when_over = inputs.remove
             ignored = dict.fromkeys((*call.ignored, *body.shadowed))
         return await answer(request, call, group, ignored)
 
     async def answer(request: Request, call: ImagesCall, group: Group, ignored: Iterable[str]) -> Response:
         if call.stream:
-            return EventStream(request, _events(call, group), _headers(ignored, call.warnings), closing=group.cancel)
+            return EventStream(request, _events(call, group), _headers(ignored, call.warnings), closing=group.leave)
         try:
             made = await unless_gone(request, group.all_made())
         finally:
-            group.cancel()
+            group.leave()
         if made is None:
             return Response(status_code=_CLIENT_GONE)
         warnings = dict.fromkeys((*call.warnings, *(text for one in made for text in one.warnings)))
