@@ -7,6 +7,7 @@ import base64
 import io
 
 import httpx
+import msgspec
 import pytest
 from PIL import Image
 
@@ -280,8 +281,8 @@ def test_rows_are_completed_and_no_frames_are_left(deploy):
     assert server.leftover_frames() == []
 
 
-def test_video_model_refuses_pictures_and_says_where_to_go(deploy):
-    server = deploy(card=video_card())
+def test_a_model_of_clips_from_pictures_refuses_pictures_and_says_where_to_go(deploy):
+    server = deploy(card=msgspec.structs.replace(video_card(), tasks=("I2V",)))
     answer = server.post(json={"prompt": "a cube"})
     assert answer.status_code == 400
     assert "/v1/videos" in answer.json()["error"]["message"]
