@@ -19,7 +19,7 @@ from ..core.card import ModelCard, ParameterKind
 from ..core.errors import ConfigError
 from ..core.request import Task
 from .checkpoint import CARD_FILE, Checkpoint
-from .families import DEFAULTS, FamilyDefaults
+from .families import DEFAULTS, FamilyDefaults, checkpoint_defaults
 from .latents import knows_latents
 from .uses import Use
 
@@ -61,9 +61,14 @@ def derive_card(
 ) -> ModelCard:
     """Return the card of a loaded pipeline and what its components can become.
 
-    Raises ConfigError when the folder's own card file does not fit."""
+    Raises ConfigError when the folder's own card file does not fit.
+    """
     parameters = inspect.signature(type(pipeline).__call__).parameters
     family = families.get(checkpoint.pipeline_class, FamilyDefaults())
+    transformer = pipeline.components.get("transformer")
+    heads = None if transformer is None else transformer.config.get("num_attention_heads")
+    if families:
+        family = checkpoint_defaults(checkpoint.pipeline_class, family, pipeline.config, heads)
     media: Literal["image", "video"] = "video" if {"num_frames", "video"} & parameters.keys() else "image"
     multiple = size_multiple(pipeline)
     width, height = _default_size(pipeline, parameters, family, multiple)
@@ -92,6 +97,7 @@ def derive_card(
         "takes_strength": in_latents or bool({"redraw", "clip"} & uses),
         "edit_strength": EDIT_STRENGTH if media == "image" and "image" not in uses and "I2I" in tasks else None,
         "quality_steps": dict(family.quality_steps),
+        "defaults": dict(family.defaults),
         "parameters": request_parameters(parameters, guidance),
         "precisions": {name: precision(module) for name, module in modules.items()},
         "device": str(device),

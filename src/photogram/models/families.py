@@ -7,7 +7,7 @@ never needed to be served, only to be served better.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +36,16 @@ class FamilyDefaults:
     fps: int | None = None
     max_frames: int | None = None
     quality_steps: Mapping[str, int] = field(default_factory=dict)
+    defaults: Mapping[str, float] = field(default_factory=dict)  # of further parameters of the call
     fp32: tuple[str, ...] = ()  # components kept in full precision where the rest is bf16
 
+
+# The makers' model cards, as of each family's first release.
+_LTX = FamilyDefaults(width=704, height=480, steps=50, guidance=3.0, frames=161, fps=25, max_frames=257)
+_LTX_2 = FamilyDefaults(width=768, height=512, steps=40, guidance=4.0, frames=121, fps=24, max_frames=481)
+_HUNYUAN_15 = FamilyDefaults(width=848, height=480, steps=50, frames=121, fps=24, max_frames=129)
+_COGVIDEOX = FamilyDefaults(width=720, height=480, steps=50, guidance=6.0, frames=49, fps=8, max_frames=49)
+_WAN = FamilyDefaults(width=832, height=480, steps=50, guidance=5.0, frames=81, fps=16, max_frames=161, fp32=("vae",))
 
 DEFAULTS: Mapping[str, FamilyDefaults] = {
     "StableDiffusionPipeline": FamilyDefaults(width=512, height=512, steps=30, guidance=7.5),
@@ -52,20 +60,49 @@ DEFAULTS: Mapping[str, FamilyDefaults] = {
     "QwenImageEditPlusPipeline": FamilyDefaults(width=1024, height=1024, steps=40, guidance=4.0),
     "ZImagePipeline": FamilyDefaults(width=1024, height=1024, steps=9, guidance=0.0),
     "SanaPipeline": FamilyDefaults(width=1024, height=1024, steps=20, guidance=4.5),
-    "LTXPipeline": FamilyDefaults(width=704, height=480, steps=50, guidance=3.0, frames=161, fps=25, max_frames=257),
-    "HunyuanVideo15Pipeline": FamilyDefaults(width=848, height=480, steps=50, frames=121, fps=24, max_frames=129),
+    "LTXPipeline": _LTX,
+    "LTXImageToVideoPipeline": _LTX,
+    "LTXConditionPipeline": _LTX,
+    "LTX2Pipeline": _LTX_2,
+    "LTX2ImageToVideoPipeline": _LTX_2,
+    "HunyuanVideo15Pipeline": _HUNYUAN_15,
+    "HunyuanVideo15ImageToVideoPipeline": _HUNYUAN_15,
     "HunyuanVideoPipeline": FamilyDefaults(
         width=1280, height=720, steps=50, guidance=6.0, frames=129, fps=24, max_frames=129
     ),
-    "CogVideoXPipeline": FamilyDefaults(width=720, height=480, steps=50, guidance=6.0, frames=49, fps=8, max_frames=49),
-    "WanPipeline": FamilyDefaults(
-        width=832, height=480, steps=50, guidance=5.0, frames=81, fps=16, max_frames=161, fp32=("vae",)
-    ),
-    "WanImageToVideoPipeline": FamilyDefaults(
-        width=832, height=480, steps=50, guidance=5.0, frames=81, fps=16, max_frames=161, fp32=("vae", "image_encoder")
-    ),
+    "CogVideoXPipeline": _COGVIDEOX,
+    "CogVideoXImageToVideoPipeline": _COGVIDEOX,
+    "WanPipeline": _WAN,
+    "WanImageToVideoPipeline": replace(_WAN, fp32=("vae", "image_encoder")),
 }
 """By the pipeline's class."""
+
+_SMALL_WAN_HEADS = 12  # of the 1.3B transformers; the 14B ones have 40
+
+
+def checkpoint_defaults(
+    pipeline_class: str, family: FamilyDefaults, config: Mapping[str, object], heads: int | None
+) -> FamilyDefaults:
+    """Return a family's defaults as they are for one of several checkpoints under the same class.
+
+    They are told apart by `config`, the pipeline's configuration, and `heads`, its transformer's number of attention
+    heads, never by a name.
+    """
+    if pipeline_class not in ("WanPipeline", "WanImageToVideoPipeline"):
+        return family
+    takes_image = pipeline_class == "WanImageToVideoPipeline"
+    if config.get("expand_timesteps"):  # Wan 2.2 TI2V-5B
+        return replace(family, width=1280, height=704, frames=121, fps=24, max_frames=241)
+    if config.get("boundary_ratio") is not None:  # Wan 2.2 A14B: a transformer for each half, with its own guidance
+        if takes_image:
+            return replace(family, width=1280, height=720, steps=40, guidance=3.5)
+        second = {"guidance_scale_2": 3.0}
+        return replace(family, width=1280, height=720, steps=40, guidance=4.0, defaults=second)
+    if heads is not None and heads <= _SMALL_WAN_HEADS:  # Wan 2.1 1.3B, made for 480p
+        return replace(family, guidance=3.0)
+    # 14B. Of image-to-video there is one for 480p and one for 720p, of equal configuration: the smaller size.
+    return family if takes_image else replace(family, width=1280, height=720)
+
 
 NEEDS_IMAGE = frozenset(
     {
@@ -75,6 +112,7 @@ NEEDS_IMAGE = frozenset(
         "HunyuanVideo15ImageToVideoPipeline",
         "CogVideoXImageToVideoPipeline",
         "LTXImageToVideoPipeline",
+        "LTX2ImageToVideoPipeline",
         "StableDiffusionImg2ImgPipeline",
         "StableDiffusionXLImg2ImgPipeline",
         "StableDiffusionInpaintPipeline",

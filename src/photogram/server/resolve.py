@@ -135,6 +135,8 @@ class Resolver:
             guidance_scale=guidance_scale,
             seed=0,
             images=() if inputs is None else tuple(map(str, inputs.paths)),
+            mask=str(inputs.mask) if inputs is not None and inputs.mask is not None and card.takes_mask else None,
+            strength=_edit_strength(values, card, inputs, ignored),
             loras=loras.uses,
             extra=extra,
             partial_images=_only_on_a_stream(values, stream, ignored),
@@ -355,6 +357,18 @@ def _conditioning(
             ignored.append("guidance_scale")
         return negative_prompt, None
     return negative_prompt, card.default_guidance if guidance_scale is None else guidance_scale
+
+
+def _edit_strength(values: Values, card: ModelCard, inputs: Inputs | None, ignored: list[str]) -> float | None:
+    """Return how far an edit may go from the picture; None where the model edits in its own way."""
+    strength = values.float("strength")
+    if strength is not None and (inputs is None or not card.takes_strength):
+        ignored.append("strength")
+        return None
+    if inputs is None or strength is not None:
+        return strength
+    # What lies under a mask is drawn anew, from nothing.
+    return card.edit_strength if inputs.mask is None else None
 
 
 def _background(values: Values, format: ImageFormat) -> tuple[str, ...]:

@@ -34,6 +34,13 @@ def image_fields(max_steps: int) -> tuple[Field, ...]:
         Field(name="width", kind="int", low=1, help="Pixels; together with height, instead of size."),
         Field(name="height", kind="int", low=1, help="Pixels; together with width, instead of size."),
         Field(name="negative_prompt", kind="str", high=MAX_TEXT, help="What the picture shall not show."),
+        Field(
+            name="strength",
+            kind="float",
+            low=0.01,
+            high=1,
+            help="Of edits: how far the result may go from the first picture. Models that edit do without.",
+        ),
         Field(name="seed", kind="int", low=0, high=MAX_INT, help="Start of the random numbers; default: a random one."),
         Field(
             name="num_inference_steps",
