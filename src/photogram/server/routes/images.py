@@ -25,6 +25,7 @@ from ..fields import Field, coerce
 from ..files import file_answer, finished_image
 from ..forms import BodyLimits
 from ..group import Group
+from ..idempotency import idempotency_of
 from ..inputs import Intake
 from ..live import Made, Partial, Stepped
 from ..loras import Loras
@@ -63,10 +64,10 @@ def image_routes(
         with await read_body(request, limits) as body:
             if "model" in request.path_params:
                 body.fields.setdefault("model", request.path_params["model"])
-            owner = owner_of(request)
+            owner, idempotency = owner_of(request), await idempotency_of(request, body)
             call = resolver.images(body.fields, card, owner, None, await loras.choose(body.fields, card))
             ignored = dict.fromkeys((*call.ignored, *body.shadowed, *(upload.name for upload in body.uploads)))
-        return await answer(request, call, await service.begin(call), ignored)
+        return await answer(request, call, await service.begin(call, idempotency=idempotency), ignored)
 
     async def edit(request: Request) -> Response:
         card = service.card()
@@ -75,6 +76,7 @@ def image_routes(
         with await read_body(request, limits) as body:
             if "model" in request.path_params:
                 body.fields.setdefault("model", request.path_params["model"])
+            idempotency = await idempotency_of(request, body)
             inputs = await intake.pictures(body, owner, request.headers.get("host", ""))
             if inputs is None:
                 raise RequestError(
@@ -84,7 +86,7 @@ def image_routes(
                 )
             try:
                 call = resolver.images(body.fields, card, owner, inputs, await loras.choose(body.fields, card))
-                group = await service.begin(call, inputs=inputs.folder.name)
+                group = await service.begin(call, inputs=inputs.folder.name, idempotency=idempotency)
             except BaseException:
                 inputs.remove()
                 raise
