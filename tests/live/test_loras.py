@@ -7,6 +7,7 @@ import base64
 import io
 import json
 import os
+import signal
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 
@@ -173,6 +174,14 @@ def test_a_lora_of_a_request_is_that_of_a_set(run, server):
     own = draw(server, loras=[{"path": "path/to/A"}])
     assert pixels(own).tolist() == pixels(merged).tolist()
     assert draw(server, model="demo-image:path/to/A") == draw(server, loras=["path/to/A"])
+
+
+def test_a_worker_that_takes_anothers_place_has_the_active_set(run, server):
+    run(SWITCH_TO_A)
+    before = draw(server)
+    os.kill(server.worker_pid(), signal.SIGKILL)
+    assert draw(server) == before
+    assert run(LIST)["active"]["transformer"][0]["nickname"] == "lora_a"
 
 
 def test_strength_grades_the_effect(server):
