@@ -5,6 +5,8 @@ Parsed once, checked in `__post_init__` with the flag's name, never changed afte
 
 from __future__ import annotations
 
+import base64
+import binascii
 import dataclasses
 import ipaddress
 import re
@@ -105,6 +107,8 @@ class ServeConfig:
     keep: str = setting("7d,20GB", "how long and how much finished work is kept: age, size or both")
     keep_uploads: str = setting("7d,5GB", "how long uploaded files are kept, and how much of them for each key")
     metadata: bool = setting(True, "write prompt, seed, steps and model into files")
+    webhook_url: str | None = setting(None, "URL that is told of every clip's end")
+    webhook_secret: str | None = setting(None, "whsec_ and base64: signs what webhooks are told")
     # --- sampling
     deterministic: bool = setting(False, "run every job's calls alone: same bytes at any load")
     prompt_cache_mb: int = setting(512, "memory for encoded prompts, MB; 0 turns it off")
@@ -145,6 +149,8 @@ class ServeConfig:
             raise ConfigError(f"--public-url '{self.public_url}': must start with http:// or https://.")
         if not 0 <= self.presigned_url_seconds <= 604_800:
             raise ConfigError(f"--presigned-url-seconds {self.presigned_url_seconds}: must be from 0 to 604800.")
+        if self.webhook_secret is not None:
+            webhook_key(self.webhook_secret)
         parse_keep(self.keep)
         parse_keep(self.keep_uploads, "--keep-uploads")
         self._check_loras()
@@ -204,6 +210,17 @@ class Keep:
 
     age_s: float | None
     size_bytes: int | None
+
+
+def webhook_key(secret: str) -> bytes:
+    """Return the bytes of a webhook's secret. Raises ConfigError, which does not repeat it."""
+    try:
+        key = base64.b64decode(secret.removeprefix("whsec_"), validate=True)
+    except binascii.Error:
+        key = b""
+    if not secret.startswith("whsec_") or len(key) < 16:
+        raise ConfigError("--webhook-secret: must be whsec_ and the base64 of at least 16 random bytes.")
+    return key
 
 
 _SECONDS = {"m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}

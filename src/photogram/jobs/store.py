@@ -21,7 +21,7 @@ from sqlalchemy.exc import DBAPIError, IntegrityError
 
 from ..core.errors import Conflict, NotFound, RequestError, StorageFailed
 from ..core.request import GenerateRequest, JSONValue, OutputSpec
-from .outbox import announce
+from .announce import announce
 from .record import FINISHED, TRANSITIONS, UNFINISHED, IllegalTransition, JobKind, JobRecord, JobState
 from .schema import jobs, lock_folder, open_database, set_synchronous
 
@@ -88,7 +88,7 @@ class JobStore:
 
         Of two writers that want to move the same job one wins; the other gets IllegalTransition. Beginning and end
         are stamped with the store's clock unless given, each beginning counts as an attempt, and `interrupted` adds
-        to the interruptions. With a final state goes what is owed for it (`jobs/outbox`). Raises NotFound.
+        to the interruptions. With a final state goes what is owed for it (`jobs/announce`). Raises NotFound.
         """
         if to == "failed" and (error_code is None or error_message is None):
             raise ValueError("a failed job needs error_code and error_message")

@@ -20,8 +20,8 @@ import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ..core.card import ModelCard
-from ..core.config import ServeConfig, parse_keep
-from ..core.errors import ConfigError, EngineLost
+from ..core.config import ServeConfig, parse_keep, webhook_key
+from ..core.errors import ConfigError, EngineLost, RequestError
 from ..engine import Engine
 from .answers import json_answer
 from .connection import Connection
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from ..storage import Storage
     from .loras import Loras
     from .service import Service
+    from .webhooks import Webhooks
 
 log = logging.getLogger(__name__)
 
@@ -158,6 +159,7 @@ class _Host:
         self._tasks = [
             asyncio.create_task(data.keep_pruning(config)),
             asyncio.create_task(data.uploads.keep_sweeping()),
+            asyncio.create_task(data.webhooks(config).run()),
         ]
 
     @staticmethod
@@ -213,6 +215,11 @@ class _Data:
         from .uploads import Uploads
 
         self.outbound = Outbound(config.allow_url_host)
+        if config.webhook_url is not None:
+            try:
+                self.outbound.check(config.webhook_url, "webhook_url")
+            except RequestError as error:
+                raise ConfigError(f"--webhook-url: {error.message}") from error
         self.inputs = InputFolders(config.data_path / INPUTS)
         self.store = open_store(config.data_path)
         self.storage = _storage(config)
@@ -230,6 +237,13 @@ class _Data:
         from ..jobs.recovery import recover
 
         await recover(self.store, self.storage, self.inputs)
+
+    def webhooks(self, config: ServeConfig) -> Webhooks:
+        from ..jobs.outbox import Outbox
+        from .webhooks import Webhooks
+
+        key = None if config.webhook_secret is None else webhook_key(config.webhook_secret)
+        return Webhooks(Outbox(self.store), self.outbound, key)
 
     async def keep_pruning(self, config: ServeConfig) -> None:
         from ..jobs.retention import keep_pruning

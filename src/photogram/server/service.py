@@ -107,10 +107,17 @@ class Service:
     ) -> JobRecord:
         """Admit a clip and start it, and return its record at once; or that of the same request before.
 
-        It goes on whoever watches. `facts` is what the API's object shows beyond the request. Raises as `begin`.
+        It goes on whoever watches. `facts` is what the API's object shows beyond the request; `webhook_url` is told
+        of its end, in place of `--webhook-url`. Raises as `begin`.
         """
         records = await self._enter(
-            "video", [drawing], model, inputs=inputs, idempotency=idempotency, webhook_url=webhook_url, facts=facts
+            "video",
+            [drawing],
+            model,
+            inputs=inputs,
+            idempotency=idempotency,
+            webhook_url=webhook_url or self._config.webhook_url,
+            facts=facts,
         )
         return records[0]
 
