@@ -224,7 +224,7 @@ class Worker:
             error.__traceback__ = error.__cause__ = error.__context__ = None
             self._pace.release_memory()
         self._scheduler.ran(plan, seconds, self._clock(), out_of_memory=out_of_memory)
-        if len(jobs) > 1:
+        if len(jobs) > 1 and not isinstance(error, RequestError):
             if not out_of_memory:
                 if not isinstance(error, NotMixable):
                     logger.warning("a pass of %d jobs failed, running them alone: %s", len(jobs), error)
@@ -232,7 +232,8 @@ class Worker:
                 for job in jobs:
                     self._wait_at(job, job.call)
             return
-        self._proceed(jobs[0], partial(jobs[0].fiber.fail, error))
+        for job in jobs:  # several only where they share LoRAs that cannot be merged
+            self._proceed(job, partial(job.fiber.fail, error))
 
     # --- fibers
 
