@@ -77,6 +77,18 @@ def test_partial_pictures_approach_the_final_one_which_is_the_same_with_and_with
     assert 0 < distances[-1] < distances[0], f"partial pictures do not approach the final one: {distances}"
 
 
+@pytest.mark.parametrize("name", ["wan-2.1", "ltx"])
+def test_a_clip_is_shown_by_its_first_frame_and_stays_the_same(name, family_folder, tmp_path):
+    studio = Studio(family_folder(name), tmp_path)
+    plain = requests_of(name)[1]
+    without = studio.draw([plain])[plain.job_id]
+    fields = {field: getattr(plain, field) for field in plain.__struct_fields__} | {"partial_images": 2}
+    watched = studio.draw([GenerateRequest(**fields)])[plain.job_id]
+    assert (watched.frames == without.frames).all()
+    assert len(watched.frames) == plain.num_frames
+    assert [preview.shape for preview in watched.previews] == [watched.frames[:1].shape] * 2
+
+
 def test_a_partial_picture_that_cannot_be_made_does_not_cost_the_job(studio):
     decoder = studio.served.modules["vae"]
     real, calls = decoder.real["decode"], []
