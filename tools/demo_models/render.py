@@ -139,7 +139,6 @@ def _mix(a: torch.Tensor, b: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
 
 
 def _background(p: Params, Y: torch.Tensor, X: torch.Tensor, height: int, width: int) -> torch.Tensor:
-
     def field(key: str) -> torch.Tensor:
         return p[key].view(-1, 1, 1)
 
