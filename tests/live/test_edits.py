@@ -126,6 +126,30 @@ def test_stream_has_the_edits_own_events(live_server, drawn):
     assert [event.type for event in events] == ["image_edit.partial_image"] * 2 + ["image_edit.completed"]
 
 
+def test_variations_are_near_the_picture_and_differ_by_their_seed(live_server, drawn):
+    answer = live_server.client().images.create_variation(
+        image=png(drawn), n=2, size="256x256", response_format="b64_json", extra_body={"seed": 1}
+    )
+    pictures = [np.asarray(opened(item.b64_json)).astype(int) for item in answer.data]
+    original = np.asarray(drawn).astype(int)
+    assert [item.seed for item in answer.data] == [1, 2]
+    for picture in pictures:
+        assert 0.5 < np.abs(picture - original).mean() < 60
+    assert np.abs(pictures[0] - pictures[1]).mean() > 0.5
+
+
+def test_strength_says_how_far_an_edit_goes(live_server, drawn):
+    def distance(strength: float) -> float:
+        answer = live_server.client().images.edit(
+            image=png(drawn), prompt="a red circle", extra_body={"seed": 1, "strength": strength, "steps": 8}
+        )
+        return np.abs(np.asarray(opened(answer.data[0].b64_json)).astype(int) - np.asarray(drawn)).mean()
+
+    assert distance(0.2) < distance(1.0)
+    refused = post(live_server, data={"prompt": "x", "strength": "1.5"}, files={"image": ("a.png", png(drawn))})
+    assert error_of(refused)["param"] == "strength"
+
+
 REFUSED = {
     "no picture": ({"data": {"prompt": "x"}}, "image", "missing_required_parameter"),
     "a placeholder alone": ({"data": {"prompt": "x", "url": "image_url.jpg"}}, "url", "invalid_image_url"),

@@ -14,6 +14,7 @@ from PIL import Image
 from net.web import Web, endless, lead_to, say
 
 from .conftest import wait_until
+from .fake_engine import image_card
 
 EDITS = "/v1/images/edits"
 
@@ -218,3 +219,15 @@ def test_uploads_that_are_refused_leave_no_descriptor_open(server):
     before = psutil.Process().num_fds()
     assert {post(b"x" * 2_000_000) for _ in range(20)} == {400}
     wait_until(lambda: psutil.Process().num_fds() <= before + 2)
+
+
+def test_models_that_cannot_begin_at_a_picture_make_no_variations(server):
+    answer = server.post("/v1/images/variations", files={"image": ("a.png", png())})
+    assert error_of(answer) == (400, "image", "unsupported_by_model")
+
+
+def test_variations_need_no_prompt_and_begin_at_the_picture(deploy):
+    server = deploy(card=image_card(takes_strength=True))
+    answer = server.client().images.create_variation(image=png(), n=2, response_format="b64_json")
+    assert len(answer.data) == 2
+    assert {(request.prompt, request.strength) for request in server.engine.seen.values()} == {("", 0.7)}

@@ -12,6 +12,10 @@ from .sizes import Size
 EDIT_TASKS: tuple[Task, ...] = ("TI2I", "I2I")
 
 
+VARIATION_STRENGTH = 0.7
+"""Of a variation that names none: the picture's layout stays and its details do not."""
+
+
 def edit_task(card: ModelCard, num_images: int) -> Task:
     """Return the card's task that changes pictures. Raises RequestError where it has none, or takes fewer pictures."""
     task = next((task for task in EDIT_TASKS if task in card.tasks), None)
@@ -22,6 +26,17 @@ def edit_task(card: ModelCard, num_images: int) -> Task:
             f"{num_images} images: model '{card.name}' takes at most {card.max_input_images}.", param="image"
         )
     return task
+
+
+def variation_strength(asked: float | None, card: ModelCard) -> float:
+    """Return the strength at which a picture is varied. Raises RequestError where the model cannot begin at one."""
+    if not card.takes_strength:
+        raise RequestError(
+            f"Model '{card.name}' cannot begin at a picture, and so makes no variations.",
+            param="image",
+            code="unsupported_by_model",
+        )
+    return VARIATION_STRENGTH if asked is None else asked
 
 
 def like(first: Size, card: ModelCard) -> str:

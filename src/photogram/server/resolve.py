@@ -22,7 +22,7 @@ from ..media.image_file import check_side
 from ..media.quality import resolve_quality
 from .beginnings import Beginning, clip_task
 from .clip_schemas import clip_fields
-from .edits import edit_task, like
+from .edits import edit_task, like, variation_strength
 from .fields import MAX_INT, Field, Values, coerce, read, shown
 from .inputs import Inputs
 from .lengths import Length, clip_length
@@ -98,10 +98,13 @@ class Resolver:
         owner: str,
         inputs: Inputs | None = None,
         loras: ChosenLoras = NO_LORAS,
+        *,
+        is_variation: bool = False,
     ) -> ImagesCall:
         """Return what `POST /v1/images/generations` asks for, or `/edits` where there are input pictures.
 
-        Raises RequestError naming the field, or NotFound for another model's name where names are strict.
+        A variation is an edit that begins at the picture and needs no prompt. Raises RequestError naming the field, or
+        NotFound for another model's name where names are strict.
         """
         values = read(body, image_fields(self.config.max_steps))
         ignored: list[str] = []
@@ -111,7 +114,7 @@ class Resolver:
         else:
             task = edit_task(card, len(inputs.paths))
             ignored += inputs.ignored
-        prompt = _prompt(values)
+        prompt = values.text("prompt") or "" if is_variation else _prompt(values)
         size = self._size(values, card, inputs)
         drawn = drawn_size(size, card)
         stream = values.flag("stream")
@@ -136,7 +139,11 @@ class Resolver:
             seed=0,
             images=() if inputs is None else tuple(map(str, inputs.paths)),
             mask=str(inputs.mask) if inputs is not None and inputs.mask is not None and card.takes_mask else None,
-            strength=_edit_strength(values, card, inputs, ignored),
+            strength=(
+                variation_strength(values.float("strength"), card)
+                if is_variation
+                else _edit_strength(values, card, inputs, ignored)
+            ),
             loras=loras.uses,
             extra=extra,
             partial_images=_only_on_a_stream(values, stream, ignored),

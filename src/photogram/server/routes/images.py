@@ -1,4 +1,4 @@
-"""`POST /v1/images/generations` and `/edits`, plain and streamed, and `GET /v1/images/{id}/content`."""
+"""`POST /v1/images/generations`, `/edits` and `/variations`, plain and streamed, and `GET /v1/images/{id}/content`."""
 
 from __future__ import annotations
 
@@ -85,7 +85,9 @@ def image_routes(
                     code="missing_required_parameter",
                 )
             try:
-                call = resolver.images(body.fields, card, owner, inputs, await loras.choose(body.fields, card))
+                chosen = await loras.choose(body.fields, card)
+                is_variation = request.url.path.endswith("/variations")
+                call = resolver.images(body.fields, card, owner, inputs, chosen, is_variation=is_variation)
                 group = await service.begin(call, inputs=inputs.folder.name, idempotency=idempotency)
             except BaseException:
                 inputs.remove()
@@ -120,6 +122,7 @@ def image_routes(
         Route("/openai/v1/images/generations", create, methods=["POST"]),
         *with_and_without_v1("/images/edits", edit, ["POST"]),
         Route("/openai/deployments/{model}/images/edits", edit, methods=["POST"]),
+        *with_and_without_v1("/images/variations", edit, ["POST"]),
         *with_and_without_v1("/images/{image_id}/content", content),
     ]
 
