@@ -1,7 +1,12 @@
 """What tests of every folder share: the packages beside them by name, folders of tiny families, a live server."""
 
+import functools
+import http.server
+import json
 import os
+import shutil
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -42,5 +47,52 @@ def live_server(tmp_path_factory) -> Iterator["Running"]:
     from running import serve
 
     server = serve(tmp_path_factory.mktemp("live"))
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def clip_model(family_folder, tmp_path_factory) -> Path:
+    """A folder with a tiny model of Wan 2.2 TI2V's classes: random weights, a few small frames in a second or so."""
+    folder = tmp_path_factory.mktemp("clips") / "tiny-wan"
+    shutil.copytree(family_folder("wan-2.2-ti2v"), folder)
+    card = {
+        "default_width": 64,
+        "default_height": 64,
+        "default_frames": 17,
+        "default_fps": 16,
+        "default_steps": 2,
+        "max_frames": 33,
+        "max_native_pixels": 64 * 64,
+    }
+    (folder / "photogram.json").write_text(json.dumps(card))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def picture_url(tmp_path_factory) -> Iterator[str]:
+    """Address of a picture on another server of this machine."""
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("pictures")
+    Image.new("RGB", (320, 180), (30, 90, 200)).save(folder / "input_image.png")
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}/input_image.png"
+        server.shutdown()
+
+
+@pytest.fixture(scope="session")
+def clip_server(clip_model, picture_url, tmp_path_factory) -> Iterator["Running"]:
+    """`photogram serve` with a tiny model of clips, warm, shared by all tests that do it no harm.
+
+    It may fetch the picture of `picture_url`.
+    """
+    from running import serve
+
+    host = picture_url.split("/")[2]
+    flags = ["--model-path", str(clip_model), "--allow-url-host", host]
+    server = serve(tmp_path_factory.mktemp("live-clips"), flags)
     yield server
     server.stop()

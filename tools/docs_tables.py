@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from photogram.cli.doctor import KNOWN_MODELS
 from photogram.cli.flags import Flag, flags
 from photogram.core.config import ServeConfig
+from photogram.server.clip_schemas import clip_fields
 from photogram.server.fields import MAX_INT, Field
 from photogram.server.lora_fields import SET_FIELDS
 from photogram.server.schemas import image_fields
@@ -35,7 +36,15 @@ def known_models() -> str:
 
 def image_request() -> str:
     """One row for each field of a picture's request, with the default limits."""
-    fields = image_fields(ServeConfig().max_steps)
+    return request_table(image_fields(ServeConfig().max_steps))
+
+
+def clip_request() -> str:
+    """One row for each field of a clip's request, with the default limits."""
+    return request_table(clip_fields(ServeConfig().max_steps))
+
+
+def request_table(fields: Iterable[Field]) -> str:
     rows = [f"| {names(field)} | {kind(field)} | {cell(field.help)} |" for field in fields]
     return "\n".join(("| field | values | meaning |", "|---|---|---|", *rows))
 
@@ -86,6 +95,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "known-models": known_models,
     "image-request": image_request,
     "set-lora": set_lora,
+    "clip-request": clip_request,
 }
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import av
 import httpx
 import pytest
 from PIL import Image
@@ -87,8 +88,34 @@ def test_lora_sheet(server: str, tmp_path: Path) -> None:
     assert size(tmp_path / "sheet.webp") == (11 * 144, 18 + 3 * 144)
 
 
+def test_make_video(clip_server: Running, tmp_path: Path) -> None:
+    told = run([sys.executable, example("make_video.py"), "a red circle", "clip.mp4"], tmp_path, clip_server.url)
+    assert "17 frames, 1.06 s" in told
+    with av.open(tmp_path / "clip.mp4") as container:
+        assert container.streams.video[0].frames == 17
+    assert size(tmp_path / "clip.webp") == (64, 64)
+
+
+def test_continue_video(clip_server: Running, tmp_path: Path) -> None:
+    Image.new("RGB", (64, 64), (200, 60, 20)).save(tmp_path / "picture.png")
+    run([sys.executable, example("continue_video.py"), "picture.png", "clips"], tmp_path, clip_server.url)
+    lengths = {}
+    for path in (tmp_path / "clips").iterdir():
+        with av.open(path) as container:
+            lengths[path.name] = container.streams.video[0].frames
+    assert lengths == {"first.mp4": 17, "remix.mp4": 17, "longer.mp4": 33}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_the_code_of_a_page_runs_from_top_to_bottom(page: Path, server: str, tmp_path: Path) -> None:
+    run_page(page, server, tmp_path)
+
+
+def test_the_code_of_the_page_of_clips_runs_from_top_to_bottom(clip_server: Running, tmp_path: Path) -> None:
+    run_page(ROOT / "docs/videos.md", clip_server.url, tmp_path)
+
+
+def run_page(page: Path, server: str, tmp_path: Path) -> None:
     script = ["import subprocess"]
     for unwanted, language, code in BLOCK.findall(page.read_text().replace(ADDRESS, server)):
         # Commands that install or serve are tested elsewhere; only what talks to a server is run here.
@@ -97,4 +124,4 @@ def test_the_code_of_a_page_runs_from_top_to_bottom(page: Path, server: str, tmp
         elif language == "python" and not unwanted:
             script.append(code)
     assert len(script) > 1
-    assert '"error"' not in run([sys.executable, "-c", "\n".join(script)], tmp_path, server)
+    assert '"error":{' not in run([sys.executable, "-c", "\n".join(script)], tmp_path, server)

@@ -81,12 +81,14 @@ class Deployment:
         return httpx.post(self.url + path, timeout=20, **options)
 
     def client(self, **options) -> openai.OpenAI:
-        defaults = {"api_key": "sk-any", "base_url": f"{self.url}/v1", "max_retries": 0}
-        return openai.OpenAI(_strict_response_validation=True, **{**defaults, **options})
+        return openai.OpenAI(**{**self._client_defaults(), **options})
 
     def async_client(self, **options) -> openai.AsyncOpenAI:
-        defaults = {"api_key": "sk-any", "base_url": f"{self.url}/v1", "max_retries": 0}
-        return openai.AsyncOpenAI(_strict_response_validation=True, **{**defaults, **options})
+        return openai.AsyncOpenAI(**{**self._client_defaults(), **options})
+
+    def _client_defaults(self) -> dict[str, object]:
+        base_url = f"{self.url}/v1"
+        return {"api_key": "sk-any", "base_url": base_url, "max_retries": 0, "_strict_response_validation": True}
 
     def rows(self) -> list[tuple[str, str, str | None]]:
         """(id, state, error code) of every job in the store's file, oldest first."""

@@ -18,6 +18,7 @@ import uuid
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from photogram.core.card import ModelCard
 from photogram.core.errors import ConfigError, EngineLost, RequestError
@@ -52,10 +53,16 @@ def image_card(**changes) -> ModelCard:
     return ModelCard(**{**facts, **changes})
 
 
-def video_card() -> ModelCard:
-    return image_card(
-        pipeline_class="WanPipeline", tasks=("T2V",), media="video", default_frames=17, frame_multiple=4, default_fps=16
-    )
+def video_card(**changes) -> ModelCard:
+    facts = {
+        "pipeline_class": "WanPipeline",
+        "tasks": ("T2V",),
+        "media": "video",
+        "default_frames": 17,
+        "frame_multiple": 4,
+        "default_fps": 16,
+    }
+    return image_card(**{**facts, **changes})
 
 
 def picture(request: GenerateRequest, step: int | None = None) -> np.ndarray:
@@ -69,6 +76,27 @@ def picture(request: GenerateRequest, step: int | None = None) -> np.ndarray:
         return pixels
     share = step / request.num_inference_steps
     return (share * pixels + (1 - share) * noise).astype(np.uint8)
+
+
+def clip(request: GenerateRequest) -> np.ndarray:
+    """The pixels (F, H, W, 3) that a request for a clip gives: what it begins with if anything, and a bar that moves.
+
+    From a picture on, the first frame is the picture; of a clip, every frame is kept but for the bar.
+    """
+    first = picture(request)
+    first[..., 2] = request.seed % 256  # noise is what a clip's file keeps least
+    if request.images:
+        with Image.open(request.images[0]) as given:
+            first = np.asarray(given)
+    frames = np.repeat(first[None], request.num_frames or 1, axis=0)
+    if request.video is not None:
+        frames = np.load(request.video).copy()
+    assert frames.shape == (request.num_frames, request.height, request.width, 3), frames.shape
+    begin = 1 if request.images else 0
+    for number in range(begin, len(frames)):
+        at = number * request.width // len(frames)
+        frames[number, :, at : at + 4] = (255, 0, 0)
+    return frames
 
 
 class FakeEngine:
@@ -191,7 +219,7 @@ class FakeEngine:
                 await asyncio.sleep(5)
             if failure and step == num_steps // 2:
                 return Failed(job_id=job_id, code=failure.group(1), message="It went wrong: no luck today.")
-        pixels = picture(request)
+        pixels = picture(request) if (request.num_frames or 1) == 1 else clip(request)
         block = self._write(np.stack([pixels, pixels]) if "explode" in request.prompt else pixels)
         return Finished(
             job_id=job_id,

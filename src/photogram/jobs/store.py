@@ -36,6 +36,7 @@ _JSON: dict[str, Any] = {
     "facts": dict[str, JSONValue],
 }
 MAX_PAGE = 1000
+_REMEMBERED_DELETIONS = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,15 @@ class Totals:
 
     num_jobs: int
     file_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a deleted job stood in the order of acceptance."""
+
+    position: int
+    kind: str
+    owner: str
 
 
 class JobStore:
@@ -55,6 +65,7 @@ class JobStore:
         self._lock = lock
         self._engine: Engine = open_database(url)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="photogram-store")
+        self._deleted: dict[str, _Place] = {}
 
     async def create(self, records: Sequence[JobRecord]) -> None:
         """Keep new jobs, all or none; when this returns they survive a power cut.
@@ -144,8 +155,8 @@ class JobStore:
     ) -> tuple[JobRecord, ...]:
         """Return up to `limit` jobs, newest first unless `order` is ``asc``, from the one that follows job `after`.
 
-        The order is that of acceptance. Raises RequestError naming ``limit`` or ``after`` (unknown, or another
-        owner's).
+        The order is that of acceptance. `after` may have been deleted since this store was opened: who deletes page by
+        page goes on. Raises RequestError naming ``limit`` or ``after`` (unknown, or another owner's).
         """
         if not 1 <= limit <= MAX_PAGE:
             raise RequestError(f"limit {limit}: must be from 1 to {MAX_PAGE}.", param="limit")
@@ -160,6 +171,9 @@ class JobStore:
             if after is None:
                 return _records(connection.execute(query).mappings().all())
             position = connection.scalar(place)
+            if position is None and after in self._deleted:
+                gone = self._deleted[after]
+                position = gone.position if kind in (None, gone.kind) and owner in (None, gone.owner) else None
             if position is None:
                 raise RequestError(f"after '{after}': no such job.", param="after")
             beyond = jobs.c.position > position if order == "asc" else jobs.c.position < position
@@ -189,8 +203,20 @@ class JobStore:
 
     async def delete(self, job_id: str) -> bool:
         """Forget a job in whatever state; False when there was none. Its file is the caller's affair."""
-        statement = delete(jobs).where(jobs.c.job_id == job_id)
-        return await self._run(lambda connection: connection.execute(statement).rowcount == 1, promise=True)
+
+        def forget(connection: Connection) -> _Place | None:
+            row = connection.execute(select(jobs.c.position, jobs.c.kind, jobs.c.owner).where(jobs.c.job_id == job_id))
+            place = row.one_or_none()
+            connection.execute(delete(jobs).where(jobs.c.job_id == job_id))
+            return None if place is None else _Place(*place)
+
+        place = await self._run(forget, promise=True)
+        if place is None:
+            return False
+        self._deleted[job_id] = place
+        if len(self._deleted) > _REMEMBERED_DELETIONS:
+            del self._deleted[next(iter(self._deleted))]
+        return True
 
     async def fail_interrupted(self) -> tuple[JobRecord, ...]:
         """Fail the unfinished jobs that do not outlive their client, and return them as they are now.

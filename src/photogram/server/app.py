@@ -12,9 +12,11 @@ from ..core.config import ServeConfig
 from ..core.errors import ServiceError
 from ..engine import Engine
 from ..jobs.store import JobStore
+from ..media.pool import MediaPool
 from ..storage import Storage
 from .auth import Keys
 from .border import Border
+from .clip_sources import ClipSources
 from .inputs import Intake
 from .loras import Loras
 from .openapi import describe_api
@@ -26,6 +28,7 @@ from .routes.loras import lora_routes
 from .routes.models import model_routes
 from .routes.page import page_routes
 from .routes.probes import probe_routes
+from .routes.videos import video_routes
 from .service import Service
 from .uploads import Uploads
 
@@ -40,14 +43,18 @@ def create_app(
     keys: Keys,
     intake: Intake,
     uploads: Uploads,
+    media: MediaPool,
+    clip_sources: ClipSources,
 ) -> Starlette:
     """Return the application over what it needs; building it starts nothing."""
+    resolver = Resolver(config=config)
     routes = [
         *page_routes(config, describe_api),
         *probe_routes(engine, lambda: service.is_draining),
         *model_routes(engine, loras, config.model_path, int(time.time()), lambda: service.num_jobs),
         *file_routes(config, uploads),
-        *image_routes(config, service, loras, store, storage, Resolver(config=config), intake),
+        *image_routes(config, service, loras, store, storage, resolver, intake),
+        *video_routes(config, service, loras, store, storage, media, resolver, clip_sources),
         *lora_routes(service, loras, keys),
     ]
     app = Starlette(

@@ -17,7 +17,7 @@ import msgspec
 from ..core.card import ModelCard
 from ..core.config import ServeConfig
 from ..core.errors import ConfigError, EngineLost, GenerationFailed, NotFound, ServiceError, StorageFailed, TimedOut
-from ..core.messages import Failed, Finished, FrameBlock, Preview, Progress
+from ..core.messages import Failed, Finished, FrameBlock, Preview, Progress, SoundBlock
 from ..core.request import OutputSpec
 from ..engine import Engine
 from ..jobs.inputs import InputFolders
@@ -49,10 +49,10 @@ class Media(Protocol):
     ) -> EncodedFile: ...
 
     async def encode_clip(
-        self, block: FrameBlock, output: OutputSpec, provenance: Provenance | None
+        self, block: FrameBlock, output: OutputSpec, provenance: Provenance | None, sound: SoundBlock | None
     ) -> EncodedFile: ...
 
-    def discard(self, block: FrameBlock) -> None: ...
+    def discard(self, block: FrameBlock | SoundBlock) -> None: ...
 
 
 class _Postponed(Exception):
@@ -196,11 +196,14 @@ class Attendant:
                 warnings=finished.warnings,
             )
         except BaseException:
-            self._discard(finished.frames)
+            self._discard(*finished.blocks)
             raise
         provenance = describe(request, output, card) if self._config.metadata else None
-        encode = self._media.encode_clip if output.format == "mp4" else self._media.encode_picture
-        encoded = await encode(finished.frames, output, provenance)
+        encoded: EncodedFile
+        if output.format == "mp4":
+            encoded = await self._media.encode_clip(finished.frames, output, provenance, finished.sound)
+        else:
+            encoded = await self._media.encode_picture(finished.frames, output, provenance)
         if job.is_unwanted:
             raise _Unwanted
         await self._storage.put(key, encoded.data, content_type)
@@ -335,14 +338,17 @@ class Attendant:
             self._engine.cancel(job.job_id)
         while job.in_engine:
             event = await job.next_event()
-            if isinstance(event, Preview | Finished):
+            if isinstance(event, Preview):
                 self._discard(event.frames)
+            elif isinstance(event, Finished):
+                self._discard(*event.blocks)
 
-    def _discard(self, frames: FrameBlock) -> None:
-        try:
-            self._media.discard(frames)
-        except ServiceError as error:
-            log.warning("frames %s were not removed: %s", frames.path, error.message)
+    def _discard(self, *blocks: FrameBlock | SoundBlock) -> None:
+        for block in blocks:
+            try:
+                self._media.discard(block)
+            except ServiceError as error:
+                log.warning("frames %s were not removed: %s", block.path, error.message)
 
 
 def _deleted(job: LiveJob) -> NotFound:

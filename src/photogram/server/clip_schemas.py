@@ -55,6 +55,14 @@ def clip_fields(max_steps: int) -> tuple[Field, ...]:
     )
 
 
+PAGE_FIELDS = (
+    Field(name="limit", kind="int", low=0, high=MAX_PAGE, help="Videos on a page; default 20."),
+    Field(name="order", kind="word", words=("asc", "desc"), help="By acceptance; default desc, the newest first."),
+    Field(name="after", kind="str", high=100, help="Id of the video before the page: the last page's last_id."),
+)
+
+PICTURE_FIELDS = ("input_reference", "reference_url")
+CLIP_FIELD = "video"
 CLIP_FILE_FIELDS = {
     "input_reference": "Picture that the clip begins with: a file, a data URL, an http(s) URL, or an object with "
     "image_url or file_id.",

@@ -77,6 +77,13 @@ async def finished_video(store: JobStore, video_id: str, owner: str) -> JobRecor
     return record
 
 
+async def stored_bytes(record: JobRecord, storage: Storage) -> bytes:
+    """Return a completed job's whole file. Raises NotFound when it is gone."""
+    if record.file_key is None:
+        raise NotFound(f"'{record.job_id}' has no file.", code="file_not_found")
+    return b"".join([chunk async for chunk in storage.read(record.file_key)])
+
+
 async def open_content(store: JobStore, storage: Storage, content_id: str, owner: str) -> IO[bytes]:
     """Open a copy of a finished picture or clip of this owner; the caller closes it. Raises NotFound."""
     try:
@@ -93,13 +100,6 @@ async def open_content(store: JobStore, storage: Storage, content_id: str, owner
         copy.close()
         raise
     return copy
-
-
-async def stored_bytes(record: JobRecord, storage: Storage) -> bytes:
-    """Return a completed job's whole file. Raises NotFound when it is gone."""
-    if record.file_key is None:
-        raise NotFound(f"'{record.job_id}' has no file.", code="file_not_found")
-    return b"".join([chunk async for chunk in storage.read(record.file_key)])
 
 
 async def file_answer(request: Request, record: JobRecord, storage: Storage) -> Response:

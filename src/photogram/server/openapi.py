@@ -8,6 +8,19 @@ import msgspec
 
 from .. import __version__
 from ..core.config import ServeConfig
+from ..media.stills import STILLS
+from .clip_schemas import (
+    CLIP_FILE_FIELDS,
+    PAGE_FIELDS,
+    PICTURE_FIELDS,
+    DeletedVideo,
+    Video,
+    VideoEvent,
+    VideoList,
+    VideoPreview,
+    VideoProgress,
+    clip_fields,
+)
 from .fields import MAX_INT, Field
 from .file_schemas import FileDeleted, FileList, FileObject
 from .lora_fields import MERGE_FIELDS, SET_FIELDS, UNMERGE_FIELDS
@@ -30,6 +43,7 @@ from .schemas import (
 _ANSWERS = (
     *(ImagesAnswer, ModelFacts, ModelList, Model, ModelInfo, Health, Readiness, ServerInfo),
     *(LoraChanged, LoraListing),
+    *(Video, VideoList, DeletedVideo, VideoEvent, VideoProgress, VideoPreview),
     *(FileObject, FileList, FileDeleted, ErrorBody),
 )
 _REFERENCE = "#/components/schemas/{name}"
@@ -47,6 +61,18 @@ def describe_api(config: ServeConfig) -> JSONSchema:
         # Further arguments of the served pipeline go by their own names; what nothing takes is ignored.
         "additionalProperties": True,
     }
+    clip = {
+        spelling: _field(field, spelling) for field in clip_fields(config.max_steps) for spelling in _spellings(field)
+    }
+    files = {name: {"description": help} for name, help in CLIP_FILE_FIELDS.items()}
+    pictures_only = {name: files[name] for name in PICTURE_FIELDS}
+    for name, given in (("VideoRequest", pictures_only), ("VideoEditRequest", {"video": files["video"]})):
+        components[name] = {
+            "type": "object",
+            "required": ["prompt"],
+            "properties": {**clip, **given},
+            "additionalProperties": True,
+        }
     one_or_more: JSONSchema = {"description": "Files, data URLs, or paths of this server's own pictures."}
     components["ImageEditRequest"] = {
         **components["ImagesRequest"],
@@ -144,6 +170,7 @@ def _paths() -> JSONSchema:
         "/v1/merge_lora_weights": _change_loras("mergeLora", "Merge what is set", MERGE_FIELDS),
         "/v1/unmerge_lora_weights": _change_loras("unmergeLora", "Take out what is merged", UNMERGE_FIELDS),
         "/v1/list_loras": _get("listLoras", "The known LoRAs and the active set", LoraListing),
+        **_clip_paths(),
         "/models": _get("getServedModel", "The served model", ModelFacts),
         "/v1/models": _get("listModels", "The served model, as OpenAI lists models", ModelList),
         "/v1/models/{model}": _get("getModel", "One model; its id may contain slashes", Model, model),
@@ -182,11 +209,59 @@ def _change_loras(operation: str, summary: str, fields: Iterable[Field], *requir
     return {"post": {"operationId": operation, "summary": summary, "requestBody": body, "responses": replies}}
 
 
-def _get(operation: str, summary: str, answer: type, *parameters: JSONSchema) -> JSONSchema:
+def _clip_paths() -> JSONSchema:
+    video_id = {"name": "video_id", "in": "path", "required": True, "schema": {"type": "string"}}
+    variants = {"name": "variant", "in": "query", "schema": {"type": "string", "enum": ["video", *STILLS]}}
+    page = [
+        {"name": field.name, "in": "query", "description": field.help, "schema": _field(field, field.name)}
+        for field in PAGE_FIELDS
+    ]
+    binary = {"schema": {"type": "string", "format": "binary"}}
+    file = {"description": "The file", "content": dict.fromkeys(("video/mp4", "image/webp", "image/jpeg"), binary)}
+    mp4 = {"description": "The file", "content": {"video/mp4": binary}}
+    stream = {"description": "VideoEvent, VideoProgress, VideoPreview", "content": {"text/event-stream": {}}}
+
+    def post(
+        operation: str, summary: str, schema: str | None, reply: JSONSchema, *parameters: JSONSchema
+    ) -> JSONSchema:
+        described = _described(operation, summary, reply, *parameters)
+        if schema is not None:
+            body = {"schema": {"$ref": _REFERENCE.format(name=schema)}}
+            content = {"application/json": body, "multipart/form-data": body}
+            described["requestBody"] = {"required": True, "content": content}
+        return {"post": described}
+
+    video = _reply(Video)
+    content = _described("getVideoContent", "Fetch a video's file, or a picture of it", file, video_id, variants)
+    content["responses"]["206"] = file
+    return {
+        "/v1/videos": {
+            **post("createVideo", "Make a video", "VideoRequest", video),
+            "get": _described("listVideos", "Videos, page by page", _reply(VideoList), *page),
+        },
+        "/v1/videos/sync": post("createVideoSync", "Make a video and answer with its file", "VideoRequest", mp4),
+        "/v1/videos/edits": post("editVideo", "Draw a clip anew as a prompt says", "VideoEditRequest", video),
+        "/v1/videos/extensions": post("extendVideo", "Let a clip go on", "VideoEditRequest", video),
+        "/v1/videos/{video_id}": {
+            "get": _described("getVideo", "How far a video is", video, video_id),
+            "delete": _described("deleteVideo", "Stop and forget a video", _reply(DeletedVideo), video_id),
+        },
+        "/v1/videos/{video_id}/cancel": post("cancelVideo", "Stop a video", None, video, video_id),
+        "/v1/videos/{video_id}/remix": post("remixVideo", "Draw a video anew", "VideoRequest", video, video_id),
+        "/v1/videos/{video_id}/content": {"get": content},
+        "/v1/videos/{video_id}/events": {"get": _described("watchVideo", "A video's events", stream, video_id)},
+    }
+
+
+def _described(operation: str, summary: str, reply: JSONSchema, *parameters: JSONSchema) -> JSONSchema:
     described: JSONSchema = {"operationId": operation, "summary": summary}
     if parameters:
         described["parameters"] = list(parameters)
-    return {"get": {**described, "responses": {"200": _reply(answer), "default": _reply(ErrorBody)}}}
+    return {**described, "responses": {"200": reply, "default": _reply(ErrorBody)}}
+
+
+def _get(operation: str, summary: str, answer: type, *parameters: JSONSchema) -> JSONSchema:
+    return {"get": _described(operation, summary, _reply(answer), *parameters)}
 
 
 def _reply(answer: type) -> JSONSchema:

@@ -275,6 +275,7 @@ def _storage(config: ServeConfig) -> Storage:
 def _wire(config: ServeConfig, data: _Data, make_engine: EngineFactory) -> _Host:
     from .app import create_app
     from .auth import Keys, read_keys
+    from .clip_sources import ClipSources
     from .files import open_content
     from .inputs import Intake
     from .lora_files import LoraFinder
@@ -294,7 +295,10 @@ def _wire(config: ServeConfig, data: _Data, make_engine: EngineFactory) -> _Host
         public_url=config.public_url,
     )
     loras = Loras(config, engine, LoraFinder.of(config))
-    app = create_app(config, engine, service, loras, data.store, data.storage, keys, intake, data.uploads)
+    sources = ClipSources(data.inputs.root, intake, data.decoders, data.store, data.storage, config.max_video_pixels)
+    app = create_app(
+        config, engine, service, loras, data.store, data.storage, keys, intake, data.uploads, data.media, sources
+    )
     return _Host(config, data, engine, service, loras, app)
 
 

@@ -8,6 +8,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+# What nginx logs for a client that hung up; nobody reads it.
+CLIENT_GONE = 499
+
 Endpoint = Callable[[Request], Awaitable[Response]]
 
 

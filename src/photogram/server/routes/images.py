@@ -41,11 +41,9 @@ from ..schemas import (
     Usage,
 )
 from ..service import Service
-from . import with_and_without_v1
+from . import CLIENT_GONE, with_and_without_v1
 
 _VARIANT = Field(name="variant", kind="int", low=0, high=MAX_IMAGES - 1, help="Which picture of the request.")
-# What nginx logs for a client that hung up; nobody reads it.
-_CLIENT_GONE = 499
 
 
 def image_routes(
@@ -103,7 +101,7 @@ def image_routes(
         finally:
             group.leave()
         if made is None:
-            return Response(status_code=_CLIENT_GONE)
+            return Response(status_code=CLIENT_GONE)
         warnings = dict.fromkeys((*call.warnings, *(text for one in made for text in one.warnings)))
         # Base64 of ten large pictures takes long enough to be felt by others.
         urls = await _urls(call, made, config, storage) if call.response_format == "url" else None
