@@ -160,6 +160,19 @@ def test_a_file_deleted_before_its_upload_never_appears(reached, url, tmp_path):
     asyncio.run(story())
 
 
+def test_of_two_files_of_one_key_the_later_one_stays(reached, url, tmp_path):
+    async def story() -> None:
+        storage, key = ObjectStorage(url, LocalStorage(tmp_path), first_wait_s=0.1), new_key()
+        await storage.put(key, DATA, "image/png")
+        await storage.put(key, DATA[::-1], "image/png")
+        await until_uploaded(storage)
+        assert await read_all(storage, key) == DATA[::-1]
+        assert files_of(tmp_path) == []
+        await storage.close()
+
+    asyncio.run(story())
+
+
 @pytest.mark.long
 def test_the_stores_death_loses_nothing(reached, url, tmp_path):
     async def story() -> None:

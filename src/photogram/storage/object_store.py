@@ -56,7 +56,8 @@ class ObjectStorage:
         return len(self._uploads)
 
     async def put(self, key: str, data: bytes, content_type: str) -> None:
-        """Keep a file in the folder, and begin its upload."""
+        """Keep a file in the folder, and begin its upload; one of an older file of the key is given up."""
+        await self._stop_upload(key)
         await self._local.put(key, data, content_type)
         self._begin_upload(key)
 
@@ -107,10 +108,7 @@ class ObjectStorage:
             return None
 
     async def delete(self, key: str) -> None:
-        upload = self._uploads.pop(check_key(key), None)
-        if upload is not None:
-            upload.cancel()
-            await asyncio.wait({upload})
+        await self._stop_upload(key)
         await self._local.delete(key)
         try:
             await obstore.delete_async(self._store, key)
@@ -129,6 +127,12 @@ class ObjectStorage:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks)
+
+    async def _stop_upload(self, key: str) -> None:
+        upload = self._uploads.pop(check_key(key), None)
+        if upload is not None:
+            upload.cancel()
+            await asyncio.wait({upload})
 
     def _begin_upload(self, key: str) -> None:
         self._uploads[key] = asyncio.create_task(self._upload(key))
@@ -150,6 +154,8 @@ class ObjectStorage:
             except NotFound:
                 break  # deleted here meanwhile
             except (BaseError, OSError, StorageFailed) as error:
+                if not self._local.local_path(key).exists():
+                    break
                 log.warning("file %s is not uploaded, next try in %.0f s: %s", key, wait_s, _reason(error))
             await asyncio.sleep(wait_s)
             wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
