@@ -10,6 +10,7 @@ import asyncio
 import logging
 import secrets
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -39,7 +40,7 @@ from ..core.messages import (
 )
 from ..core.request import GenerateRequest, LoraUse
 from . import EngineStatus, Listener
-from .worker_process import WorkerProcess
+from .worker_process import WORKER_COMMAND, WorkerProcess
 
 logger = logging.getLogger(__name__)
 
@@ -78,9 +79,13 @@ class _Silence:
 class WorkerEngine:
     """Implements `Engine` with a worker process."""
 
-    def __init__(self, config: ServeConfig, frames_dir: Path) -> None:
+    def __init__(
+        self, config: ServeConfig, frames_dir: Path, *, worker_command: Sequence[str] = WORKER_COMMAND
+    ) -> None:
+        """`worker_command` starts a worker when the path of the socket is added to it."""
         self._config = config
         self._frames_dir = frames_dir
+        self._command = worker_command
         self._card: ModelCard | None = None
         self._status = EngineStatus(state="starting", detail="The worker is starting.")
         self._jobs: dict[str, _Job] = {}
@@ -235,7 +240,7 @@ class WorkerEngine:
         self._ready.clear()
         self._reason = ""
         try:
-            self._worker = await WorkerProcess.start()
+            self._worker = await WorkerProcess.start(self._command)
         except OSError as error:
             return 1, False, str(error)
         logger.info("worker %d started", self._worker.pid)

@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from ..core.wire import HEADER_BYTES, body_length, pack, to_host
 
 logger = logging.getLogger(__name__)
 
+WORKER_COMMAND = (sys.executable, "-m", "photogram.worker")
 CONNECT_TIMEOUT_S = 120.0
 
 # OpenMP's threads spin at the end of every operation by default: with one other busy process on two cores a picture
@@ -42,8 +43,8 @@ class WorkerProcess:
         return self._process.pid
 
     @classmethod
-    async def start(cls) -> WorkerProcess:
-        """Start `python -m photogram.worker` and wait for its connection. Raises OSError when none comes."""
+    async def start(cls, command: Sequence[str] = WORKER_COMMAND) -> WorkerProcess:
+        """Start `command` with the socket's path and wait for its connection. Raises OSError when none comes."""
         accepted: asyncio.Future[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = (
             asyncio.get_running_loop().create_future()
         )
@@ -59,9 +60,7 @@ class WorkerProcess:
             server = await asyncio.start_unix_server(accept, path)
             # A session of its own: Ctrl-C in a terminal is for the host, which lets running jobs finish.
             process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                "photogram.worker",
+                *command,
                 str(path),
                 stdin=asyncio.subprocess.DEVNULL,
                 start_new_session=True,
