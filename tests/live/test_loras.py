@@ -218,3 +218,20 @@ def test_a_set_while_pictures_are_drawn_reaches_none_of_them(run, server):
         run(SWITCH_TO_A)
         assert [one.result() == base for one in running] == [True] * 4
     assert draw(server, num_inference_steps=20) != base
+
+
+def test_the_built_in_model_has_two_loras_of_its_own(live_server):
+    listed = [model.id for model in live_server.client().models.list()]
+    assert listed == ["demo-image", "demo-image:pastel", "demo-image:sketch"]
+    base, pastel, more = (
+        pixels(draw(live_server, size="256x256", loras=[{"nickname": "pastel", "strength": strength}]))
+        for strength in (0, 0.5, 1)
+    )
+
+    def vividness(picture: np.ndarray) -> float:
+        return float((picture.max(axis=2) - picture.min(axis=2)).mean())
+
+    assert vividness(base) > vividness(pastel) * 1.15 > vividness(more) * 1.3
+    drawn = draw(live_server, model="demo-image:sketch", size="256x256")
+    assert np.abs(pixels(drawn) - base).mean() > 5
+    assert [one.nickname for one in read_provenance(drawn).loras] == ["sketch"]

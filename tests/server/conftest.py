@@ -116,7 +116,9 @@ def deploy(tmp_path) -> Iterator[Deploy]:
     running: list[Deployment] = []
 
     def start(*, card=None, state="ready", **settings) -> Deployment:
-        config = ServeConfig(**{"port": 0, "data_dir": str(tmp_path / "data"), **settings})
+        config = ServeConfig(
+            **{"port": 0, "data_dir": str(tmp_path / "data"), "model_path": "/models/painter", **settings}
+        )
         running.append(Deployment(config, lambda frames_dir: FakeEngine(frames_dir, card, state)))
         return running[-1]
 
@@ -128,7 +130,7 @@ def deploy(tmp_path) -> Iterator[Deploy]:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory) -> Iterator[Deployment]:
     """One server with default settings, shared by the tests of a module that leave nothing behind."""
-    config = ServeConfig(port=0, data_dir=str(tmp_path_factory.mktemp("data")))
+    config = ServeConfig(port=0, data_dir=str(tmp_path_factory.mktemp("data")), model_path="/models/painter")
     deployment = Deployment(config, FakeEngine)
     yield deployment
     deployment.stop()

@@ -59,7 +59,7 @@ def test_probes_and_information(server):
     assert server.get("/version").json() == {"version": __version__}
     info = server.get("/server_info").json()
     assert (info["served_model_name"], info["version"], info["state"]) == ("acme/painter-1", __version__, "ready")
-    assert server.get("/v1/model_info").json() == {"model_path": "demo-image"}
+    assert server.get("/v1/model_info").json() == {"model_path": "/models/painter"}
 
 
 # --- keys ---------------------------------------------------------------------------------------------------------
