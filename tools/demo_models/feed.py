@@ -38,7 +38,10 @@ def _prefixed(prefix: str, arrays: Batch) -> Batch:
 def make_batch(
     kind: str, rng: Random, size: int, encode: Callable[[list[str]], tuple[np.ndarray, np.ndarray]]
 ) -> Batch:
-    """Packed scenes and token ids of `size` prompts or edits. Raises ValueError for another kind."""
+    """Packed scenes and token ids of `size` prompts, edits or clips ("clip17": of 17 frames).
+
+    Raises ValueError for another kind.
+    """
     if kind == "prompt":
         from .render import pack
         from .scenes import trainable_prompt
@@ -57,7 +60,18 @@ def make_batch(
             **_prefixed("source.", pack([edit.source for edit in edits])),
             "ids": ids, "lengths": lengths,
         }  # fmt: skip
-    raise ValueError(f"kind {kind!r}: must be prompt or edit.")
+    if kind.startswith("clip"):
+        from .video_render import pack_clips
+        from .video_scenes import trainable_clip
+
+        samples = [trainable_clip(rng) for _ in range(size)]
+        ids, lengths = encode([caption for _, caption, _ in samples])
+        short_ids, short_lengths = encode([short for _, _, short in samples])
+        return {
+            **_prefixed("target.", pack_clips([clip for clip, _, _ in samples], int(kind.removeprefix("clip")))),
+            "ids": ids, "lengths": lengths, "short_ids": short_ids, "short_lengths": short_lengths,
+        }  # fmt: skip
+    raise ValueError(f"kind {kind!r}: must be prompt, edit, or clip and a number of frames.")
 
 
 def _work(kind: str, seed: int, size: int, tokenizer_file: str, end_id: int, queue: "Queue[Batch]") -> None:

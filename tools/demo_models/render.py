@@ -309,15 +309,26 @@ def _draw_item(p: Params, k: int, image: torch.Tensor, Y: torch.Tensor, X: torch
     return _mix(image, fill, (body * present)[:, None])
 
 
-def render(p: Params, height: int, width: int) -> torch.Tensor:
-    """Pictures (B, 3, height, width) in [-1, 1] of packed scenes."""
-    Y, X = _grid(height, width, p["shape"].device)
+def draw_background(p: Params, height: int, width: int) -> torch.Tensor:
+    """The scenes without their things (B, 3, height, width), not yet clamped."""
+    Y, X = _grid(height, width, p["phase"].device)
     image = _background(p, Y, X, height, width)
     # Only the scenes that have scenery or a k-th thing are drawn upon: most have neither.
     _draw_on(image, (p["horizon"] < 1) | (p["stars"] > 0), p, lambda q, part: _scenery(q, part, Y, X))
+    return image
+
+
+def draw_things(p: Params, image: torch.Tensor) -> torch.Tensor:
+    """The pictures with the scenes' things drawn on them, first to last; draws in place."""
+    Y, X = _grid(*image.shape[-2:], image.device)
     for k in range(p["shape"].shape[1]):
         _draw_on(image, p["shape"][:, k] >= 0, p, lambda q, part, k=k: _draw_item(q, k, part, Y, X))
-    return image.clamp(-1, 1)
+    return image
+
+
+def render(p: Params, height: int, width: int) -> torch.Tensor:
+    """Pictures (B, 3, height, width) in [-1, 1] of packed scenes."""
+    return draw_things(p, draw_background(p, height, width)).clamp(-1, 1)
 
 
 def _draw_on(
