@@ -20,6 +20,7 @@ from photogram.media.provenance import read_provenance
 
 from .conftest import Deployment, wait_until
 from .fake_engine import FakeEngine, image_card, video_card
+from .test_webhooks import receiver
 
 EVERYTHING = ("TI2V", "T2V", "I2V", "V2V")
 FIELDS = {
@@ -735,3 +736,40 @@ def test_a_spooled_copy_is_closed(server):
         finished(server, answer.json()["id"])
         server.post("/v1/videos/edits", data={"prompt": "x"}, files={"video": b"nothing"})
     wait_until(lambda: psutil.Process().num_fds() <= before + 5)
+
+
+# --- keys and webhooks --------------------------------------------------------------------------------------------
+
+
+def test_a_repeated_key_gives_the_same_clip_and_another_body_is_refused(server):
+    headers = {"Idempotency-Key": "clip-1"}
+    body = {"prompt": "a cat", "num_frames": 5}
+    first = server.post("/v1/videos", json=body, headers=headers).json()
+    again = server.post("/v1/videos", json=body, headers=headers).json()
+    assert (again["id"], again["seed"]) == (first["id"], first["seed"])
+    other = server.post("/v1/videos", json={**body, "prompt": "a dog"}, headers=headers)
+    assert error(other, 409)["code"] == "idempotency_conflict"
+    assert other.headers["x-should-retry"] == "false"
+    for _ in range(2):
+        answer = server.post(
+            "/v1/videos", data=body, files={"input_reference": png()}, headers={"Idempotency-Key": "2"}
+        )
+        assert answer.status_code == 200, answer.text
+    finished(server, answer.json()["id"])
+    inputs = Path(server.config.data_dir) / "inputs"
+    wait_until(lambda: list(inputs.iterdir()) == [])
+
+
+def test_a_request_may_name_who_is_told_of_its_end(deploy):
+    with receiver() as hook:
+        server = deploy(card=video_card(), allow_url_host=(f"127.0.0.1:{hook.port}",))
+        video = create(server, webhook_url=hook.url)
+        wait_until(lambda: bool(hook.heard))
+    told = json.loads(hook.heard[0][0])
+    assert (told["type"], told["data"]["id"]) == ("video.completed", video["id"])
+
+
+def test_a_webhook_that_is_no_address_is_refused(server):
+    for odd in ("ftp://example.com", "example.com", "javascript:1"):
+        answer = server.post("/v1/videos", json={"prompt": "a cat", "webhook_url": odd})
+        assert error(answer, 400)["param"] == "webhook_url"

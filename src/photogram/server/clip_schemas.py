@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Literal
 
 import msgspec
 
-from .fields import Field
+from ..core.errors import RequestError
+from .fields import Field, Values, shown
 from .schemas import image_fields
 
 MAX_PAGE = 100
@@ -51,6 +53,7 @@ def clip_fields(max_steps: int) -> tuple[Field, ...]:
             high=MAX_PREVIEWS,
             help="Pictures of the unfinished work for who watches the events; default 0.",
         ),
+        Field(name="webhook_url", kind="str", high=2048, help="Is told of the clip's end, in place of --webhook-url."),
         Field(name="n", kind="int", aliases=("num_outputs_per_prompt",), low=1, high=1, help="1: a request, a clip."),
     )
 
@@ -70,6 +73,14 @@ CLIP_FILE_FIELDS = {
     "video": "Clip to begin with, for edits and extensions: a file (MP4, MOV, WebM), or an object with the id of a "
     "video of this server.",
 }
+
+
+def webhook_url(values: Values) -> str | None:
+    """Return who is told of the clip's end besides its owner. Raises RequestError for what is no address."""
+    url = values.text("webhook_url") or None
+    if url is not None and not re.match(r"https?://[^/]", url):
+        raise RequestError(f"webhook_url {shown(url)}: must start with http:// or https://.", param="webhook_url")
+    return url
 
 
 class VideoError(msgspec.Struct, frozen=True, kw_only=True):

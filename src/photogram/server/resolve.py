@@ -21,7 +21,7 @@ from ..jobs.record import new_id
 from ..media.image_file import check_side
 from ..media.quality import resolve_quality
 from .beginnings import Beginning, clip_task
-from .clip_schemas import clip_fields
+from .clip_schemas import clip_fields, webhook_url
 from .edits import edit_task, like, variation_strength
 from .fields import MAX_INT, Field, Values, coerce, read, shown
 from .inputs import Inputs
@@ -78,6 +78,7 @@ class ClipCall:
     drawing: Drawing
     model: str
     length: Length
+    webhook_url: str | None
     remixed_from: str | None
     ignored: tuple[str, ...]
     warnings: tuple[str, ...]
@@ -236,6 +237,7 @@ class Resolver:
             drawing=Drawing(request=request, output=output),
             model=model,
             length=length,
+            webhook_url=webhook_url(values),
             remixed_from=None if beginning is None else beginning.video_id,
             ignored=tuple(ignored),
             warnings=(*warnings, *loras.warnings),

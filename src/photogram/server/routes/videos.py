@@ -163,6 +163,7 @@ class _Videos:
                     model=call.model,
                     inputs=None if beginning is None else beginning.folder.name,
                     idempotency=idempotency,
+                    webhook_url=call.webhook_url,
                     facts=facts_of(call),
                 )
             except BaseException:
