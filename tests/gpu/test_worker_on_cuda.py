@@ -93,7 +93,7 @@ def test_device_time_is_reported_though_passes_are_launched_ahead(family_folder,
     config = ServeConfig(model_path=str(family_folder("stable-diffusion-xl"))).worker(tmp_path)
     messages = []
     with torch.inference_mode():
-        worker = Worker(load(config, lambda stage: None), config, messages.append, time.monotonic)
+        worker = Worker(load(config, lambda stage: None, lambda reason: None), config, messages.append, time.monotonic)
         for request in requests_of("stable-diffusion-xl"):
             worker.submit(request)
         while worker.turn():

@@ -52,7 +52,7 @@ class Studio:
         config = ServeConfig(model_path=str(folder), **settings).worker(frames_dir)
         self.messages: list[ToHost] = []
         with torch.inference_mode():
-            self.served = load(config, lambda stage: None)
+            self.served = load(config, lambda stage: None, lambda reason: None)
             self.worker = WatchedWorker(self.served, config, self.messages.append, time.monotonic)
 
     @property

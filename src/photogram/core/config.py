@@ -17,6 +17,7 @@ from typing import Any, Literal
 import msgspec
 
 from .errors import ConfigError
+from .parallel import Degrees, resolve_degrees
 from .request import MAX_LORA_STRENGTH
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -24,6 +25,28 @@ StepCache = Literal["none", "first-block"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 DEMO_IMAGE = "demo-image"
+
+
+class Placement(msgspec.Struct, frozen=True, kw_only=True):
+    """Which components wait in host memory and come to the device for their calls, and how the VAE works."""
+
+    text_encoder_cpu_offload: bool = False
+    image_encoder_cpu_offload: bool = False
+    vae_cpu_offload: bool = False
+    dit_cpu_offload: bool = False
+    dit_layerwise_offload: bool = False
+    pin_cpu_memory: bool = True
+    vae_tiling: bool = False
+    vae_slicing: bool = False
+
+
+class Precisions(msgspec.Struct, frozen=True, kw_only=True):
+    """Precision of the whole pipeline, and of kinds of components where they differ from it."""
+
+    all: Precision = "auto"
+    dit: Precision = "auto"
+    vae: Precision = "auto"
+    text_encoder: Precision = "auto"
 
 
 class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -34,7 +57,9 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     revision: str | None
     variant: str | None
     device: str
-    precision: Precision
+    degrees: Degrees
+    precisions: Precisions
+    placement: Placement
     max_batch_size: int
     max_live_jobs: int
     prompt_cache_bytes: int
@@ -66,6 +91,24 @@ class ServeConfig:
     variant: str | None = setting(None, "weights variant, such as fp16")
     device: str = setting("auto", "auto, cpu, cuda or cuda:N")
     precision: Precision = setting("auto", "weights and arithmetic: auto, fp32, bf16 or fp16")
+    dit_precision: Precision = setting("auto", "of the denoiser, where it differs from --precision")
+    vae_precision: Precision = setting("auto", "of the VAE, where it differs from --precision")
+    text_encoder_precision: Precision = setting("auto", "of text encoders, where it differs from --precision")
+    # --- memory
+    text_encoder_cpu_offload: bool = setting(False, "keep text encoders in host memory, on the device for their calls")
+    image_encoder_cpu_offload: bool = setting(False, "the same for image encoders")
+    vae_cpu_offload: bool = setting(False, "the same for the VAE")
+    dit_cpu_offload: bool = setting(False, "the same for the denoiser, which stays until another one needs its room")
+    dit_layerwise_offload: bool = setting(False, "keep the denoiser in host memory and bring it in layer by layer")
+    pin_cpu_memory: bool = setting(True, "pin the host memory of what is offloaded: faster copies, not swappable")
+    vae_tiling: bool = setting(False, "decode large pictures in tiles: less memory, faint seams possible")
+    vae_slicing: bool = setting(False, "decode the pictures of a batch one by one")
+    # --- several devices
+    num_gpus: int = setting(1, "devices that share one model; on a CPU: processes")
+    ulysses_degree: int | None = setting(None, "devices that exchange heads; default: what the ring leaves")
+    ring_degree: int | None = setting(None, "devices that pass keys and values around; default: 1")
+    sp_degree: int | None = setting(None, "product of the two degrees above, for those who know it by that name")
+    # --- start
     warmup: bool = setting(True, "run one short generation before reporting ready")
     # --- LoRA
     lora_path: tuple[str, ...] = setting((), "LoRA to set at the start: file, folder or hub id; may be repeated")
@@ -145,6 +188,12 @@ class ServeConfig:
             raise ConfigError(f"--step-cache-threshold {self.step_cache_threshold}: must be between 0 and 1.")
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             raise ConfigError(f"--device '{self.device}': must be auto, cpu, cuda or cuda:N.")
+        if self.dit_cpu_offload and self.dit_layerwise_offload:
+            raise ConfigError("--dit-cpu-offload and --dit-layerwise-offload: choose one.")
+        if self.degrees.world_size > 1 and (self.dit_cpu_offload or self.dit_layerwise_offload):
+            raise ConfigError(f"--dit-cpu-offload, --dit-layerwise-offload: not with --num-gpus {self.num_gpus}.")
+        if self.degrees.world_size > 1 and self.step_cache != "none":
+            raise ConfigError(f"--step-cache {self.step_cache}: not with --num-gpus {self.num_gpus}.")
         if self.public_url is not None and not re.match(r"https?://[^/]", self.public_url):
             raise ConfigError(f"--public-url '{self.public_url}': must start with http:// or https://.")
         if not 0 <= self.presigned_url_seconds <= 604_800:
@@ -168,6 +217,12 @@ class ServeConfig:
                 )
 
     @property
+    def degrees(self) -> Degrees:
+        return resolve_degrees(
+            num_gpus=self.num_gpus, ulysses=self.ulysses_degree, ring=self.ring_degree, sp=self.sp_degree
+        )
+
+    @property
     def data_path(self) -> Path:
         return Path(self.data_dir).expanduser()
 
@@ -189,7 +244,14 @@ class ServeConfig:
             revision=self.revision,
             variant=self.variant,
             device=self.device,
-            precision=self.precision,
+            degrees=self.degrees,
+            precisions=Precisions(
+                all=self.precision,
+                dit=self.dit_precision,
+                vae=self.vae_precision,
+                text_encoder=self.text_encoder_precision,
+            ),
+            placement=Placement(**{name: getattr(self, name) for name in Placement.__struct_fields__}),
             max_batch_size=1 if self.deterministic else self.max_batch_size,
             max_live_jobs=self.max_live_jobs,
             prompt_cache_bytes=self.prompt_cache_mb * 1_000_000,

@@ -57,6 +57,7 @@ def derive_card(
     device: torch.device,
     device_name: str,
     uses: frozenset[Use],
+    num_gpus: int = 1,
     families: Mapping[str, FamilyDefaults] = DEFAULTS,
 ) -> ModelCard:
     """Return the card of a loaded pipeline and what its components can become.
@@ -102,6 +103,7 @@ def derive_card(
         "precisions": {name: precision(module) for name, module in modules.items()},
         "device": str(device),
         "device_name": device_name,
+        "num_gpus": num_gpus,
         "parameters_count": sum(tensor.numel() for tensor in tensors),
         "loaded_bytes": sum(tensor.numel() * tensor.element_size() for tensor in tensors),
     }

@@ -6,10 +6,11 @@ import copy
 import inspect
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
+import diffusers
 import msgspec
 import torch
 from diffusers import DiffusionPipeline, FirstBlockCacheConfig, SchedulerMixin
@@ -17,7 +18,7 @@ from diffusers.guiders import BaseGuidance
 from diffusers.models.cache_utils import CacheMixin
 
 from ..core.card import ModelCard
-from ..core.config import WorkerConfig
+from ..core.config import Precisions, WorkerConfig
 from ..core.errors import ConfigError
 from ..core.request import GenerateRequest
 from ..models.checkpoint import Checkpoint, find_checkpoint
@@ -28,7 +29,10 @@ from ..models.uses import Route, Use, pipelines_by_use, route
 from .long_prompts import read_in_chunks, reads_in_chunks
 from .lora.conversion import lora_modules
 from .lora.serving import ModuleServing
-from .modules import BigModule, big_modules
+from .modules import BigModule, big_modules, is_denoiser
+from .parallel.leader import Group
+from .placement import is_offloaded, offload, place
+from .residency import Visitors
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +49,7 @@ class ServedPipeline:
     card: ModelCard
     device: torch.device
     runs_alone: bool  # its code changes the shared denoiser, so jobs run one by one
+    visitors: Visitors  # components that are on the device for their calls
 
     def route(self, request: GenerateRequest) -> Route:
         """Return how the request is served. Raises RequestError where the model cannot."""
@@ -81,28 +86,60 @@ def choose_device(wanted: str) -> torch.device:
     return device
 
 
-def load(config: WorkerConfig, say: Callable[[str], None]) -> ServedPipeline:
-    """Load the configured model. Raises ConfigError, in one line, when it can never be served.
+def load(config: WorkerConfig, say: Callable[[str], None], on_lost: Callable[[str], None]) -> ServedPipeline:
+    """Load the configured model, over several devices where so configured.
 
-    `say` is told each stage.
+    `say` is told each stage; `on_lost` is called, from another thread, when another device's process is gone. Raises
+    ConfigError, in one line, when the model can never be served.
     """
     # A checkpoint's own code is never run; diffusers reads this before it looks.
     os.environ["DIFFUSERS_DISABLE_REMOTE_CODE"] = "1"
     device = choose_device(config.device)
     say(f"finding {config.model_path}")
     checkpoint = find_checkpoint(config.model_path, revision=config.revision, variant=config.variant)
+    group = Group(config, device, on_lost) if config.degrees.world_size > 1 else None
     say(f"loading {checkpoint.name} ({checkpoint.pipeline_class})")
-    return prepare(_from_folder(checkpoint, config, device), checkpoint, config, device)
+    return prepare(_from_folder(checkpoint, config, device), checkpoint, config, device, group)
+
+
+def load_denoisers(config: WorkerConfig, device: torch.device) -> dict[str, torch.nn.Module]:
+    """Load the networks of the configured model that its loop calls, by name: all that a follower runs.
+
+    Raises ConfigError as `load` does.
+    """
+    os.environ["DIFFUSERS_DISABLE_REMOTE_CODE"] = "1"
+    checkpoint = find_checkpoint(config.model_path, revision=config.revision, variant=config.variant)
+    precisions = _precisions(checkpoint, config.precisions, device)
+    found: dict[str, torch.nn.Module] = {}
+    for name, entry in DiffusionPipeline.load_config(checkpoint.folder, local_files_only=True).items():
+        if not is_denoiser(name) or not isinstance(entry, list) or entry[0] is None:
+            continue
+        with _as_config_error(config):
+            network = getattr(diffusers, entry[1]).from_pretrained(
+                checkpoint.folder,
+                subfolder=name,
+                torch_dtype=precisions.get(name, precisions["default"]),
+                variant=config.variant,
+                use_safetensors=True,
+                local_files_only=True,
+            )
+        found[name] = network.to(device).eval()
+    return found
 
 
 def prepare(
-    pipeline: DiffusionPipeline, checkpoint: Checkpoint, config: WorkerConfig, device: torch.device
+    pipeline: DiffusionPipeline,
+    checkpoint: Checkpoint,
+    config: WorkerConfig,
+    device: torch.device,
+    group: Group | None = None,
 ) -> ServedPipeline:
     """Make a loaded pipeline ready to be served: on its device, with a card, its networks suspension points.
 
-    The pipeline is changed and must not be used by itself afterwards.
+    With a `group` its denoisers are split over the group's ranks. The pipeline is changed and must not be used by
+    itself afterwards.
     """
-    pipeline = pipeline.to(device)
+    place(pipeline, config.placement, device)
     by_use = pipelines_by_use(pipeline)
     card = derive_card(
         checkpoint,
@@ -111,18 +148,35 @@ def prepare(
         served_name=config.served_model_name,
         device=device,
         device_name=device_name(device),
+        num_gpus=config.degrees.world_size,
     )
     if config.step_cache == "first-block":
         _enable_step_cache(pipeline, config.step_cache_threshold)
-    card = msgspec.structs.replace(card, lora_modules=lora_modules(pipeline))
+    if group is not None:
+        group.shard(
+            {name: part for name, part in pipeline.components.items() if is_denoiser(name) and part is not None}
+        )
+    visiting = {name for name in pipeline.components if is_offloaded(name, config.placement) and device.type != "cpu"}
+    # LoRAs change weights where they lie, on this rank alone; several ranks and weights that move are left as they are.
+    can_change = () if group is not None else tuple(n for n in lora_modules(pipeline) if n not in visiting)
+    card = msgspec.structs.replace(card, lora_modules=can_change)
     modules = big_modules(pipeline)
     for name in card.lora_modules:
         modules[name].loras = ModuleServing(name, modules[name].module, device)
+    if group is not None:
+        group.take_over(modules)
+    visitors = offload(modules, config.placement, device)
     runs_alone = any(changes_its_denoiser(type(one)) for one in by_use.values())
     for one in {id(one): one for one in by_use.values()}.values():
         one.__class__ = _on_device(type(one), device)
     return ServedPipeline(
-        pipeline=pipeline, by_use=by_use, modules=modules, card=card, device=device, runs_alone=runs_alone
+        pipeline=pipeline,
+        by_use=by_use,
+        modules=modules,
+        card=card,
+        device=device,
+        runs_alone=runs_alone,
+        visitors=visitors,
     )
 
 
@@ -139,25 +193,46 @@ def changes_its_denoiser(pipeline_class: type) -> bool:
 
 
 def _from_folder(checkpoint: Checkpoint, config: WorkerConfig, device: torch.device) -> DiffusionPipeline:
-    try:
+    with _as_config_error(config):
         return DiffusionPipeline.from_pretrained(
             checkpoint.folder,
-            dtype=_precisions(checkpoint.pipeline_class, config.precision, device),
+            dtype=_precisions(checkpoint, config.precisions, device),
             variant=config.variant,
             use_safetensors=True,
             local_files_only=True,
         )
+
+
+@contextmanager
+def _as_config_error(config: WorkerConfig) -> Iterator[None]:
+    """Say in one line why a checkpoint cannot be loaded, whatever the libraries raise."""
+    try:
+        yield
     except (OSError, ValueError, AttributeError, ImportError, KeyError, TypeError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:400]
         raise ConfigError(f"--model-path '{config.model_path}': cannot be loaded ({reason}).") from error
 
 
-def _precisions(pipeline_class: str, wanted: str, device: torch.device) -> Any:
-    if wanted == "fp32" or (wanted == "auto" and device.type == "cpu"):
-        return torch.float32
-    family = DEFAULTS.get(pipeline_class)
-    full = dict.fromkeys(family.fp32, torch.float32) if family is not None else {}
-    return full | {"default": torch.bfloat16 if wanted == "auto" else _DTYPES[wanted]}
+def _precisions(checkpoint: Checkpoint, wanted: Precisions, device: torch.device) -> dict[str, torch.dtype]:
+    """Precision by component, for each one that the checkpoint names, and as ``default``.
+
+    What is asked for one kind of component goes before what is asked for all, and that before what the family needs.
+    """
+    default = torch.float32 if device.type == "cpu" else torch.bfloat16
+    if wanted.all != "auto":
+        default = _DTYPES[wanted.all]
+    family = DEFAULTS.get(checkpoint.pipeline_class)
+    in_full = family.fp32 if family is not None else ()
+    chosen = {"default": default}
+    for name in DiffusionPipeline.load_config(checkpoint.folder, local_files_only=True):
+        asked = wanted.dit if is_denoiser(name) else "auto"
+        for prefix, precision in (("vae", wanted.vae), ("text_encoder", wanted.text_encoder)):
+            asked = precision if name.startswith(prefix) else asked
+        if asked != "auto":
+            chosen[name] = _DTYPES[asked]
+        elif name in in_full:
+            chosen[name] = torch.float32
+    return chosen
 
 
 def _enable_step_cache(pipeline: DiffusionPipeline, threshold: float) -> None:

@@ -6,19 +6,16 @@ in the main thread. When the host is gone the process ends: its jobs are the hos
 
 from __future__ import annotations
 
-import ctypes
 import logging
+import os
 import queue
-import signal
 import socket
-import sys
 import threading
 import time
+from functools import partial
+from typing import NoReturn
 
 import torch
-from diffusers.utils import logging as diffusers_logging
-from huggingface_hub import utils as hub
-from transformers.utils import logging as transformers_logging
 
 from ..core.config import WorkerConfig
 from ..core.errors import ConfigError
@@ -39,6 +36,7 @@ from ..core.messages import (
 from ..core.wire import HEADER_BYTES, body_length, pack, to_worker
 from .loading import load
 from .memory import DeviceLost, limit_memory
+from .process import configure_logging, end_with_parent
 from .warmup import warm_up
 from .worker import Worker
 
@@ -72,14 +70,14 @@ class HostLink:
 
 def main(arguments: list[str]) -> int:
     """Serve the host at the socket path given; return the exit code."""
-    _end_with_parent()
+    end_with_parent()
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     connection.connect(arguments[0])
     link = HostLink(connection)
     first = link.inbox.get()
     if not isinstance(first, Load):
         return 1
-    _configure_logging(first.config)
+    configure_logging(first.config, "worker")
     try:
         return serve(first.config, link)
     except ConfigError as error:
@@ -94,7 +92,7 @@ def main(arguments: list[str]) -> int:
 def serve(config: WorkerConfig, link: HostLink) -> int:
     """Load, warm up, and run jobs until the host says stop or is gone."""
     with torch.inference_mode():
-        served = load(config, lambda stage: link.send(Loading(stage)))
+        served = load(config, lambda stage: link.send(Loading(stage)), partial(_end_at_once, link))
         if config.memory_limit_bytes is not None and served.device.type == "cpu":
             limit_memory(config.memory_limit_bytes)
         worker = Worker(served, config, link.send, time.monotonic)
@@ -119,23 +117,8 @@ def serve(config: WorkerConfig, link: HostLink) -> int:
             busy = worker.turn()
 
 
-def _end_with_parent() -> None:
-    """Ask the kernel to kill this process when the host dies: in mid-call the closed socket would not be seen."""
-    if sys.platform == "linux":
-        set_death_signal = 1  # PR_SET_PDEATHSIG
-        ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL)
-
-
-def _configure_logging(config: WorkerConfig) -> None:
-    logging.basicConfig(
-        level=config.log_level.upper(),
-        format="%(asctime)s %(levelname)-7s worker %(name)s: %(message)s",
-        stream=sys.stderr,
-    )
-    for noisy in ("huggingface_hub", "httpx", "filelock"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
-    # Progress bars and notices of libraries would run through the host's log.
-    for library in (diffusers_logging, transformers_logging):
-        library.set_verbosity_error()
-        library.disable_progress_bar()
-    hub.disable_progress_bars()
+def _end_at_once(link: HostLink, reason: str) -> NoReturn:
+    """End the process whatever its main thread waits for: a rank is gone, and with it every call in progress."""
+    logger.critical("the group of ranks is lost: %s", reason)
+    link.send(Fatal(reason))
+    os._exit(EXIT_DEVICE_LOST)

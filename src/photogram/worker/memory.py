@@ -18,13 +18,14 @@ class DeviceLost(Exception):
 USABLE_SHARE = 0.9
 
 
-def free_bytes(device: torch.device) -> int | None:
-    """Return what passes may take on a GPU once the model is loaded; None on a CPU, where it is not known."""
+def free_bytes(device: torch.device, reserved: int = 0) -> int | None:
+    """Return what passes may take on a GPU once the model is loaded, but for the `reserved` bytes of weights that come
+    and go; None on a CPU, where it is not known."""
     if device.type != "cuda":
         return None
     free, _ = torch.cuda.mem_get_info(device)
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(USABLE_SHARE * (free + cached))
+    return max(0, int(USABLE_SHARE * (free + cached)) - reserved)
 
 
 class PeakMemory:

@@ -38,7 +38,7 @@ class BigModule:
         self.module = module
         self.real: dict[str, Callable[..., Any]] = {}
         self.signatures: dict[str, inspect.Signature] = {}
-        self.is_denoiser = _is_denoiser(name, module)
+        self.is_denoiser = is_denoiser(name)
         self.loras: ModuleServing | None = None  # where LoRAs can change it
         first = next(module.parameters(), None)
         self.dtype = first.dtype if first is not None and first.is_floating_point() else None
@@ -147,8 +147,8 @@ def _keep(recurse: bool = True) -> None:
     """Stands in for a module's `_reset_stateful_cache`."""
 
 
-def _is_denoiser(name: str, module: torch.nn.Module) -> bool:
-    # The names diffusers gives the module that its loop calls.
+def is_denoiser(name: str) -> bool:
+    """Say whether a component of this name is what a pipeline's loop calls; the names are diffusers' own."""
     return name.startswith(("transformer", "unet", "prior", "decoder", "controlnet")) and "encoder" not in name
 
 

@@ -74,7 +74,7 @@ class Worker:
             SchedulerConfig(
                 max_batch_size=config.max_batch_size,
                 max_live_jobs=1 if served.runs_alone else config.max_live_jobs,
-                memory_bytes=free_bytes(served.device),
+                memory_bytes=free_bytes(served.device, reserved=served.visitors.largest_bytes),
             )
         )
 

@@ -1,0 +1,76 @@
+"""A rank that is not the leader: a process with the denoisers alone, which runs the calls it is told to.
+
+Started by the leader as ``python -m photogram.worker.parallel.follower FD`` with one end of a socket pair. It ends
+when the leader is gone.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from ...core.errors import ConfigError
+from ..loading import load_denoisers
+from ..process import configure_logging, end_with_parent
+from .arguments import receive
+from .attention import Shares
+from .lengths import Lengths
+from .mesh import Mesh, join, share_cores
+from .orders import Join, Link, Loaded, Order, Outcome, RunCall, shape_of
+from .sharding import shard
+
+logger = logging.getLogger("photogram.worker.follower")
+
+
+def main(arguments: list[str]) -> int:
+    """Follow the leader at the descriptor given; return the exit code."""
+    end_with_parent()
+    link: Link[Order] = Link(socket.socket(fileno=int(arguments[0])), cast(type[Order], Order))
+    first = link.receive()
+    if not isinstance(first, Join):
+        return 1
+    configure_logging(first.config, f"rank {first.rank}")
+    device = torch.device(first.device)
+    if device.type == "cpu":
+        share_cores(first.degrees.world_size)
+    with torch.inference_mode():
+        mesh = join(first.degrees, first.rank, device, Path(first.meeting_file))
+        lengths = Lengths(mesh)
+        try:
+            modules = load_denoisers(first.config, device)
+            for module in modules.values():
+                shard(module, Shares(mesh, lengths))
+        except (ConfigError, RuntimeError) as error:
+            link.send(Loaded(str(error)))
+            return 2
+        link.send(Loaded(None))
+        while order := link.receive():
+            assert isinstance(order, RunCall)
+            link.send(Outcome(order.number, _run(order, modules, mesh, lengths)))
+    return 0
+
+
+def _run(order: RunCall, modules: dict[str, torch.nn.Module], mesh: Mesh, lengths: Lengths) -> str | None:
+    arguments: dict[str, Any] = receive(order.arguments, mesh)
+    try:
+        with ExitStack() as stack:
+            if order.autocast is not None:
+                stack.enter_context(torch.autocast(mesh.device.type, dtype=getattr(torch, order.autocast)))
+            lengths.begin(shape_of(order))
+            modules[order.module](*arguments["args"], **arguments["kwargs"])
+            lengths.end()
+    except Exception as error:
+        # One call's border: whether it failed everywhere, and so for its job alone, is the leader's to judge.
+        logger.warning("a call of %s failed on rank %d: %s", order.module, mesh.rank, error)
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

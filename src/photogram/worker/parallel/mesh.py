@@ -1,0 +1,98 @@
+"""Who works with whom: the process groups of one worker.
+
+Ranks are laid out ring-major: rank = ring index * ulysses + ulysses index. The ranks of one Ulysses group exchange
+heads for tokens (DeepSpeed-Ulysses, arXiv:2309.14509), those of one ring pass keys and values around (Ring Attention,
+arXiv:2310.01889); together they are what arXiv:2405.07719 calls unified sequence parallelism.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from ...core.parallel import Degrees
+
+# A rank that dies is seen at once (its connections close) and one that hangs by the host's own clock, so that the
+# groups themselves may wait for as long as a server has nothing to do.
+_PATIENCE = timedelta(days=365)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mesh:
+    """One rank's place. `control` is a group of all ranks on the CPU, whatever the device."""
+
+    degrees: Degrees
+    rank: int
+    device: torch.device
+    everyone: dist.ProcessGroup
+    control: dist.ProcessGroup
+    ulysses: dist.ProcessGroup
+    ring: dist.ProcessGroup
+
+    @property
+    def size(self) -> int:
+        return self.degrees.world_size
+
+    @property
+    def ring_index(self) -> int:
+        return self.rank // self.degrees.ulysses
+
+    @property
+    def ulysses_index(self) -> int:
+        return self.rank % self.degrees.ulysses
+
+    def ring_rank(self, ring_index: int) -> int:
+        """Return the rank at another place of this rank's ring."""
+        return ring_index % self.degrees.ring * self.degrees.ulysses + self.ulysses_index
+
+
+def join(degrees: Degrees, rank: int, device: torch.device, meeting_file: Path) -> Mesh:
+    """Meet the other ranks and return this one's place; blocks until all are there."""
+    meet(degrees.world_size, rank, device, meeting_file)
+    return arrange(degrees, rank, device)
+
+
+def meet(world_size: int, rank: int, device: torch.device, meeting_file: Path) -> None:
+    """Find the other ranks through a file in a private folder, to talk over the loopback interface alone."""
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+        store=dist.FileStore(str(meeting_file), world_size),
+        rank=rank,
+        world_size=world_size,
+        timeout=_PATIENCE,
+        device_id=device if on_gpu else None,
+    )
+
+
+def arrange(degrees: Degrees, rank: int, device: torch.device) -> Mesh:
+    """Return this rank's place among ranks that have met. Every rank makes every group, in the same order."""
+    control = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    layout = [range(start, start + degrees.ulysses) for start in range(0, degrees.world_size, degrees.ulysses)]
+    ulysses = [dist.new_group(list(ranks), timeout=_PATIENCE) for ranks in layout]
+    ring = [dist.new_group(list(ranks), timeout=_PATIENCE) for ranks in zip(*layout, strict=True)]
+    everyone = dist.group.WORLD
+    assert everyone is not None, "the ranks have met"
+    return Mesh(
+        degrees=degrees,
+        rank=rank,
+        device=device,
+        everyone=everyone,
+        control=control,
+        ulysses=ulysses[rank // degrees.ulysses],
+        ring=ring[rank % degrees.ulysses],
+    )
+
+
+def share_cores(world_size: int) -> None:
+    """Leave the other ranks on this machine their share of its cores."""
+    torch.set_num_threads(max(1, torch.get_num_threads() // world_size))

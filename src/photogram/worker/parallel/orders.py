@@ -1,0 +1,86 @@
+"""What the leader tells the other ranks, and what they answer, over a socket pair each: length-prefixed msgpack."""
+
+from __future__ import annotations
+
+import socket
+import struct
+from typing import Generic, TypeVar
+
+import msgspec
+
+from ...core.config import WorkerConfig
+from ...core.parallel import Degrees
+from .arguments import Outline
+
+# --- to a follower
+
+
+class Join(msgspec.Struct, frozen=True, tag="join"):
+    """The first order: load the denoisers and meet the others through `meeting_file`."""
+
+    config: WorkerConfig
+    degrees: Degrees
+    rank: int
+    device: str
+    meeting_file: str
+
+
+class RunCall(msgspec.Struct, frozen=True, tag="run"):
+    """Run a denoiser with everybody; its tensors follow by broadcast."""
+
+    number: int
+    module: str
+    arguments: Outline
+    autocast: str | None  # the precision of the leader's autocast, where it has one
+
+
+def shape_of(order: RunCall) -> bytes:
+    """Return what determines the shape of everything inside a call: all of its arguments but the tensors' content."""
+    return order.module.encode() + b" " + msgspec.msgpack.encode(order.arguments)
+
+
+Order = Join | RunCall
+
+# --- from a follower
+
+
+class Loaded(msgspec.Struct, frozen=True, tag="loaded"):
+    """The denoisers are on the device; None, or why they are not."""
+
+    error: str | None
+
+
+class Outcome(msgspec.Struct, frozen=True, tag="outcome"):
+    """A call is over here; `error` says why it failed."""
+
+    number: int
+    error: str | None
+
+
+Reply = Loaded | Outcome
+
+_LENGTH = struct.Struct("<I")
+M = TypeVar("M")
+
+
+class Link(Generic[M]):
+    """One end of a socket pair: sends anything, receives messages of one union."""
+
+    def __init__(self, connection: socket.socket, receives: type[M]) -> None:
+        self._connection = connection
+        self._stream = connection.makefile("rb")
+        self._decoder = msgspec.msgpack.Decoder(receives)
+
+    def send(self, message: Order | Reply) -> None:
+        body = msgspec.msgpack.encode(message)
+        self._connection.sendall(_LENGTH.pack(len(body)) + body)
+
+    def receive(self) -> M | None:
+        """Wait for a message; None when the other end is gone."""
+        try:
+            header = self._stream.read(_LENGTH.size)
+            if len(header) < _LENGTH.size:
+                return None
+            return self._decoder.decode(self._stream.read(_LENGTH.unpack(header)[0]))
+        except OSError:
+            return None

@@ -1,0 +1,115 @@
+"""Splits a denoiser's sequences over the ranks: the one file that uses diffusers' private parallel interface.
+
+Which arguments and results are split, and along which axis, is diffusers' own table (`_cp_plan` of each
+transformer) or, for a family that has none, ours. How they are split and how attention joins them is ours: diffusers'
+own code refuses lengths that do not divide and has no attention with log-sum-exp on the CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from diffusers.hooks import HookRegistry
+from diffusers.hooks.context_parallel import (
+    ContextParallelGatherHook,
+    ContextParallelSplitHook,
+    _get_submodule_by_name,
+)
+from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+
+from ...core.errors import ConfigError
+from .attention import Shares, attend
+
+_native_attention = _AttentionBackendRegistry._backends[AttentionBackendName.NATIVE]
+
+
+def can_shard(denoiser: torch.nn.Module) -> bool:
+    """Say whether there is a table of what to split for this class."""
+    return _plan(denoiser) is not None
+
+
+def shard(denoiser: torch.nn.Module, shares: Shares) -> None:
+    """Make a denoiser run sharded from now on. To be called on every rank, before its methods are wrapped.
+
+    Raises ConfigError for a class that nothing is known of and for heads that do not divide.
+    """
+    plan = _plan(denoiser)
+    name = type(denoiser).__name__
+    if plan is None:
+        raise ConfigError(f"--num-gpus: {name} cannot be split over several devices (diffusers has no plan for it).")
+    heads, ulysses = _num_heads(denoiser), shares.mesh.degrees.ulysses
+    if heads is not None and heads % ulysses:
+        fitting = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
+        raise ConfigError(f"--ulysses-degree {ulysses}: {name} has {heads} heads, which divide by {fitting}.")
+    _AttentionBackendRegistry._backends[AttentionBackendName.NATIVE] = _attention
+    for module in denoiser.modules():
+        processor = vars(module).get("processor")
+        if processor is not None and "_parallel_config" in dir(processor):
+            processor._parallel_config = shares
+    for path, entry in plan.items():
+        found = _get_submodule_by_name(denoiser, path)
+        for module in found if isinstance(found, list) else [found]:
+            hook = _Split(entry, shares) if isinstance(entry, dict) else _Gather(_outputs(entry), shares)
+            HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, f"photogram_shares---{path}")
+
+
+def _plan(denoiser: torch.nn.Module) -> Mapping[str, Any] | None:
+    own = OWN_PLANS.get(type(denoiser).__name__)
+    return own if own is not None else vars(type(denoiser)).get("_cp_plan")
+
+
+def _num_heads(denoiser: torch.nn.Module) -> int | None:
+    config = denoiser.config
+    heads = config.get("num_attention_heads", config.get("n_heads"))
+    return heads if isinstance(heads, int) else None
+
+
+def _outputs(entry: Any) -> list[Any]:
+    return [entry] if isinstance(entry, ContextParallelOutput) else list(entry)
+
+
+class _Split(ContextParallelSplitHook):
+    def _prepare_cp_input(self, x: torch.Tensor, cp_input: ContextParallelInput) -> torch.Tensor:
+        if cp_input.expected_dims is not None and x.dim() != cp_input.expected_dims:
+            return x
+        mesh = self.parallel_config.mesh
+        length = x.shape[cp_input.split_dim]
+        if length < mesh.size:
+            raise ValueError(f"{length} tokens cannot be split over {mesh.size} ranks")
+        return x.tensor_split(mesh.size, dim=cp_input.split_dim)[mesh.rank]
+
+
+class _Gather(ContextParallelGatherHook):
+    def post_forward(self, module: torch.nn.Module, output: Any) -> Any:
+        outputs = [output] if isinstance(output, torch.Tensor) else list(output)
+        for index, entry in enumerate(self.metadata):
+            if entry is not None:
+                outputs[index] = self.parallel_config.lengths.gather(outputs[index], entry.gather_dim)
+        return outputs[0] if isinstance(output, torch.Tensor) else tuple(outputs)
+
+
+def _attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    return_lse: bool = False,
+    _parallel_config: Shares | None = None,
+) -> torch.Tensor:
+    """diffusers' native attention, or ours for tokens that are split over the ranks."""
+    if _parallel_config is None:
+        return _native_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, return_lse)
+    if is_causal or enable_gqa or dropout_p:
+        raise ValueError("causal, grouped or random attention cannot be split over ranks")
+    return attend(query, key, value, attn_mask, scale, _parallel_config)
+
+
+OWN_PLANS: Mapping[str, Mapping[str, Any]] = {}
+"""By the transformer's class, where diffusers has no plan."""

@@ -1,0 +1,78 @@
+"""Which component goes where: reads the settings once, after loading, and moves everything to its place."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+
+import torch
+from diffusers import DiffusionPipeline
+
+from ..core.config import Placement
+from .modules import BigModule, is_denoiser
+from .residency import Layerwise, Visitor, Visitors
+
+logger = logging.getLogger(__name__)
+
+
+def place(pipeline: DiffusionPipeline, placement: Placement, device: torch.device) -> None:
+    """Move every component that stays on the device there; those to be offloaded are left in host memory."""
+    for name, component in pipeline.components.items():
+        if isinstance(component, torch.nn.Module) and not (device.type != "cpu" and is_offloaded(name, placement)):
+            component.to(device)
+    vae = pipeline.components.get("vae")
+    if placement.vae_tiling and vae is not None:
+        vae.enable_tiling()
+    if placement.vae_slicing and vae is not None:
+        vae.enable_slicing()
+
+
+def offload(modules: Mapping[str, BigModule], placement: Placement, device: torch.device) -> Visitors:
+    """Let the offloaded components come to the device for their calls. To be called once they are suspension points.
+
+    On a CPU there is nowhere to offload from, and nothing is done.
+    """
+    visitors = Visitors()
+    wanted = {name: module for name, module in modules.items() if is_offloaded(name, placement)}
+    if wanted and device.type == "cpu":
+        logger.info("offloading %s has no effect on a CPU: its memory is the host's", ", ".join(sorted(wanted)))
+        return visitors
+    return offload_to(visitors, wanted, placement, device)
+
+
+def offload_to(
+    visitors: Visitors, wanted: Mapping[str, BigModule], placement: Placement, device: torch.device
+) -> Visitors:
+    """Offload these components, whatever the device."""
+    pin = placement.pin_cpu_memory
+    for name, module in wanted.items():
+        if module.is_denoiser and placement.dit_layerwise_offload:
+            blocks = _blocks(module.module)
+            layers = Layerwise(blocks, device, pin=pin)
+            module.module.to(device)  # what is outside the blocks; the blocks' own tensors are empty or go back
+            logger.info("%s: %d blocks come in one by one, two slots of %.2f GB", name, len(blocks),
+                        layers.slot_bytes / 1e9)  # fmt: skip
+            continue
+        visitor = Visitor(name, module.module, device, pin=pin, stays=module.is_denoiser)
+        visitors.add(visitor)
+        for method, real in module.real.items():
+            module.real[method] = visitors.calls_of(visitor, real)
+        where = "pinned host memory" if visitor.weights.is_pinned else "host memory"
+        logger.info("%s: %.2f GB in %s, on the device for its calls", name, visitor.weights.num_bytes / 1e9, where)
+    return visitors
+
+
+def is_offloaded(name: str, placement: Placement) -> bool:
+    """Say whether the component of this name waits in host memory."""
+    if is_denoiser(name):
+        return placement.dit_cpu_offload or placement.dit_layerwise_offload
+    if name.startswith("text_encoder"):
+        return placement.text_encoder_cpu_offload
+    if name.startswith("image_encoder"):
+        return placement.image_encoder_cpu_offload
+    return name.startswith("vae") and placement.vae_cpu_offload
+
+
+def _blocks(denoiser: torch.nn.Module) -> list[torch.nn.Module]:
+    """Return the layers of a denoiser in the order in which they run: the entries of its lists of modules."""
+    return [block for child in denoiser.children() if isinstance(child, torch.nn.ModuleList) for block in child]

@@ -1,0 +1,74 @@
+"""One rank of a test group: ``python ranks.py RANK WORLD MEETING_FILE FOLDER...`` compares each sharded denoiser with
+the whole one, at every way of laying out the ranks, and prints the differences."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+
+from photogram.core.parallel import Degrees
+from photogram.worker.parallel.attention import Shares
+from photogram.worker.parallel.lengths import Lengths
+from photogram.worker.parallel.mesh import arrange, meet
+from photogram.worker.parallel.sharding import shard
+
+
+def calls_of(pipeline: DiffusionPipeline) -> list[tuple[tuple, dict]]:
+    """The denoiser's calls of a short run with guidance, at a size whose tokens divide by nothing."""
+    noted = []
+    real = pipeline.transformer.forward
+
+    def noting(*args, **kwargs):
+        noted.append((args, kwargs))
+        return real(*args, **kwargs)
+
+    pipeline.transformer.forward = noting
+    pipeline.set_progress_bar_config(disable=True)
+    arguments = {
+        "prompt": "a red circle",
+        "negative_prompt": "pale",
+        "width": 80,
+        "height": 48,
+        "output_type": "latent",
+    }
+    if "Wan" in type(pipeline).__name__:
+        arguments["num_frames"] = 9
+    if "Flux2" in type(pipeline).__name__:
+        del arguments["negative_prompt"]
+    pipeline(**arguments, num_inference_steps=2, generator=torch.Generator().manual_seed(1))
+    pipeline.transformer.forward = real
+    return noted
+
+
+def main(rank: int, world: int, meeting_file: str, folders: list[str]) -> None:
+    torch.set_num_threads(1)
+    device = torch.device("cpu")
+    meet(world, rank, device, Path(meeting_file))
+    layouts = [Degrees(ulysses=u, ring=world // u) for u in (1, 2)]  # the tiny denoisers have two heads
+    meshes = [arrange(degrees, rank, device) for degrees in layouts]
+    differences = {}
+    with torch.inference_mode():
+        for folder in folders:
+            pipeline = DiffusionPipeline.from_pretrained(folder)
+            calls = calls_of(pipeline)
+            expected = [pipeline.transformer(*args, **kwargs)[0] for args, kwargs in calls]
+            for mesh in meshes:
+                denoiser = type(pipeline.transformer).from_pretrained(folder, subfolder="transformer")
+                lengths = Lengths(mesh)
+                shard(denoiser, Shares(mesh, lengths))
+                errors = []
+                for index, (args, kwargs) in enumerate(calls):
+                    lengths.begin(str(index % 2))  # the prompt's and the negative prompt's calls differ in length
+                    out = denoiser(*args, **kwargs)[0]
+                    lengths.end()
+                    errors.append(float((out - expected[index]).abs().max() / expected[index].std()))
+                layout = f"{mesh.degrees.ulysses}x{mesh.degrees.ring}"
+                differences[f"{Path(folder).name} {layout}"] = max(errors)
+    if rank == 0:
+        print(json.dumps(differences))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4:])

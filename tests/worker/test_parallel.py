@@ -1,0 +1,70 @@
+"""A denoiser split over several ranks gives what it gives on one."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from photogram.core.errors import ConfigError
+from photogram.core.parallel import Degrees, resolve_degrees
+
+WORLD = 4
+FAMILIES = ("wan-2.1", "wan-2.2-ti2v", "flux-2-klein", "qwen-image", "flux-1")
+TOLERANCE = 1e-4  # of the result's spread, fp32
+
+
+def test_every_layout_of_four_ranks_gives_what_one_rank_gives(family_folder, tmp_path):
+    folders = [str(family_folder(name)) for name in FAMILIES]
+    command = [sys.executable, str(Path(__file__).with_name("ranks.py"))]
+    meeting = str(tmp_path / "meeting")
+    ranks = [
+        subprocess.Popen(
+            [*command, str(rank), str(WORLD), meeting, *folders],
+            stdout=subprocess.PIPE,
+            stderr=(tmp_path / f"rank-{rank}.log").open("wb"),
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        for rank in range(WORLD)
+    ]
+    try:
+        output, _ = ranks[0].communicate(timeout=240)
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert output, (tmp_path / "rank-0.log").read_text()[-3000:]
+    differences = json.loads(output)
+    assert set(differences) == {f"{name} {layout}" for name in FAMILIES for layout in ("2x2", "1x4")}
+    assert {name: error for name, error in differences.items() if not error < TOLERANCE} == {}
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"num_gpus": 1}, Degrees()),
+        ({"num_gpus": 4}, Degrees(ulysses=4)),
+        ({"num_gpus": 4, "ulysses": 2, "ring": 2}, Degrees(ulysses=2, ring=2)),
+        ({"num_gpus": 4, "ulysses": 2}, Degrees(ulysses=2, ring=2)),
+        ({"num_gpus": 6, "ring": 3, "sp": 6}, Degrees(ulysses=2, ring=3)),
+    ],
+)
+def test_degrees_that_were_not_given_are_filled_in(given, expected):
+    assert resolve_degrees(**{"ulysses": None, "ring": None, "sp": None} | given) == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"num_gpus": 4, "ulysses": 2, "ring": 3}, "--ulysses-degree 2 times --ring-degree 3 is 6"),
+        ({"num_gpus": 4, "ulysses": 3}, "--ulysses-degree 3: --num-gpus (4) does not divide"),
+        ({"num_gpus": 4, "ring": 8}, "--ring-degree 8: --num-gpus (4) does not divide"),
+        ({"num_gpus": 4, "sp": 2}, "--sp-degree 2: must be --num-gpus (4)"),
+        ({"num_gpus": 0}, "--num-gpus 0: must be at least 1"),
+    ],
+)
+def test_degrees_that_do_not_fit_are_refused_by_name(given, named):
+    with pytest.raises(ConfigError) as refused:
+        resolve_degrees(**{"ulysses": None, "ring": None, "sp": None} | given)
+    assert named in str(refused.value)
