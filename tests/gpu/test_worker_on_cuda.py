@@ -37,11 +37,14 @@ def test_interleaved_jobs_give_the_bits_of_the_pipeline_alone(name, precision, f
     alone = {request.job_id: draw_alone(plain, request) for request in requests}
     studio = Studio(family_folder(name), tmp_path, max_batch_size=1, precision=precision)
     assert studio.served.device.type == "cuda"
+    # Some VAEs are served in fp32 beside a bf16 denoiser, which the stock pipeline cannot do.
+    same_decoder = studio.card.precisions["vae"] == precision
     interleaved = studio.draw(requests)
     for job_id, reference in alone.items():
         assert interleaved[job_id].failure is None
         assert (interleaved[job_id].latents == reference.latents).all()
-        assert (interleaved[job_id].frames == reference.frames).all()
+        if same_decoder:
+            assert (interleaved[job_id].frames == reference.frames).all()
 
 
 @pytest.mark.parametrize("name", FAMILIES)

