@@ -5,18 +5,21 @@ import shutil
 from pathlib import Path
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline, UniPCMultistepScheduler, WanPipeline
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from .image_model import new_autoencoder, new_text_encoder, new_transformer
+from . import image_model, video_model
 from .image_trainer import SHIFT
 from .run import load_weights, save_tensors
+from .video_tokenizer import save_for_pipeline
+from .video_trainer import SHIFT as VIDEO_SHIFT
 
 
 def export_image(folder: Path, target: Path, checkpoint: str = "image_distilled") -> None:
     """Write the image pipeline's folder from `folder`'s checkpoints."""
-    vae, transformer, text_encoder = new_autoencoder(), new_transformer(), new_text_encoder()
+    vae, transformer = image_model.new_autoencoder(), image_model.new_transformer()
+    text_encoder = image_model.new_text_encoder()
     load_weights(folder / "image_vae.safetensors", {"vae": vae})
     load_weights(folder / f"{checkpoint}.safetensors", {"transformer": transformer, "text_encoder": text_encoder})
     text_encoder.tie_weights()
@@ -43,6 +46,50 @@ def import_image(source: Path, folder: Path) -> None:
     save_tensors(folder / "image_base.safetensors", {"transformer": transformer, "text_encoder": text_encoder})
     save_tensors(folder / "image_vae_start.safetensors", {"vae": vae})
     shutil.copytree(source / "tokenizer", folder / "image_tokenizer", dirs_exist_ok=True)
+
+
+def export_video(folder: Path, target: Path, checkpoint: str = "video_base") -> None:
+    """Write the video pipeline's folder from `folder`'s checkpoints: bf16, the transformer's blocks in fp8.
+
+    The blocks' matrices are most of the weights, and stock `from_pretrained` reads fp8 into the precision asked for.
+    """
+    vae, scale = video_model.new_autoencoder(), video_model.LatentScale()
+    transformer, text_encoder = video_model.new_transformer(), video_model.new_text_encoder()
+    load_weights(folder / "video_vae.safetensors", {"vae": vae, "scale": scale})
+    load_weights(folder / f"{checkpoint}.safetensors", {"transformer": transformer, "text_encoder": text_encoder})
+    vae.register_to_config(latents_mean=scale.mean.tolist(), latents_std=scale.std.tolist())
+    for part in target.glob("*/"):
+        shutil.rmtree(part)
+    save_for_pipeline(target / "tokenizer")
+    pipeline = WanPipeline(
+        tokenizer=AutoTokenizer.from_pretrained(target / "tokenizer"),
+        text_encoder=text_encoder.eval(),
+        vae=vae.eval(),
+        scheduler=UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=VIDEO_SHIFT
+        ),
+        transformer=transformer.eval(),
+        expand_timesteps=True,
+    )
+    pipeline.to(torch.bfloat16)
+    for name, parameter in transformer.named_parameters():
+        if name.startswith("blocks.") and parameter.ndim == 2:
+            parameter.data = parameter.data.to(torch.float8_e4m3fn)
+    pipeline.save_pretrained(target)
+    finish_folder(target)
+
+
+def import_video(source: Path, folder: Path) -> None:
+    """The way back: checkpoints to go on from, of a pipeline's folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = "diffusion_pytorch_model.safetensors"
+    transformer, vae = load_file(source / "transformer" / weights), load_file(source / "vae" / weights)
+    wide = {name: tensor.to(torch.bfloat16) for name, tensor in transformer.items()}
+    text_encoder = load_file(source / "text_encoder" / "model.safetensors")
+    save_tensors(folder / "video_base.safetensors", {"transformer": wide, "text_encoder": text_encoder})
+    facts = json.loads((source / "vae" / "config.json").read_text())
+    scale = {"mean": torch.tensor(facts["latents_mean"]), "std": torch.tensor(facts["latents_std"])}
+    save_tensors(folder / "video_vae.safetensors", {"vae": vae, "scale": scale})
 
 
 def finish_folder(target: Path) -> None:
