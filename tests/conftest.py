@@ -24,6 +24,7 @@ hypothesis.settings.load_profile("photogram")
 
 if TYPE_CHECKING:
     from running import Running
+    from storage.weed import Weed
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -96,3 +97,13 @@ def clip_server(clip_model, picture_url, tmp_path_factory) -> Iterator["Running"
     server = serve(tmp_path_factory.mktemp("live-clips"), flags)
     yield server
     server.stop()
+
+
+@pytest.fixture(scope="session")
+def weed(tmp_path_factory) -> Iterator["Weed"]:
+    """SeaweedFS, a real S3 server, started once for all tests that want one."""
+    from storage.weed import Weed
+
+    server = Weed(tmp_path_factory.mktemp("weed")).start()
+    yield server
+    server.kill()

@@ -10,9 +10,11 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import psutil
 import pytest
+from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
 from photogram.core.errors import EngineLost, RequestError, StorageFailed
@@ -226,6 +228,33 @@ def test_a_phones_jpeg_with_further_pictures_is_taken(decoding, tmp_path):
 def test_what_is_no_picture_is_refused(decoding, tmp_path, data):
     error = decoding.refusal(data[1], tmp_path)
     assert (error.status, error.code) == (400, "invalid_image")
+
+
+KEPT = sorted((Path(__file__).parents[1] / "fuzz/corpus/pictures").iterdir())
+
+
+@pytest.mark.parametrize("path", KEPT, ids=lambda path: path.name)
+def test_kept_malformed_pictures_are_refused(decoding, tmp_path, path):
+    assert decoding.refusal(path.read_bytes(), tmp_path).status == 400
+
+
+@hypothesis.settings(max_examples=60, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
+@hypothesis.given(
+    format=st.sampled_from(["PNG", "JPEG", "WEBP"]),
+    changes=st.lists(st.tuples(st.integers(0, 10_000), st.binary(min_size=1, max_size=8)), min_size=1, max_size=6),
+    cut=st.integers(0, 200),
+)
+def test_any_damage_gives_a_picture_or_a_refusal(decoding, tmp_path, format, changes, cut):
+    data = bytearray(saved(gradient(48, 32), format))
+    for place, bytes_ in changes:
+        place %= len(data)
+        data[place : place + len(bytes_)] = bytes_
+    outcome: object
+    try:
+        outcome = decoding.decode(bytes(data[: len(data) - cut]), tmp_path).mode
+    except RequestError as error:
+        outcome = (error.status, error.param)
+    assert outcome in ("RGB", (400, "image"))
 
 
 # --- what cannot happen -------------------------------------------------------------------------------------------

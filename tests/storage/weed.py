@@ -48,7 +48,7 @@ class Weed:
                 [
                     _binary(), "server", "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
                     f"-dir={self._folder / 'data'}", "-s3", f"-s3.port={ports['s3']}",
-                    f"-s3.config={self._folder / 's3.json'}", f"-s3.port.iceberg={free_port()}",
+                    f"-s3.config={self._folder / 's3.json'}", "-s3.port.iceberg=0", "-s3.port.lance=0",
                     f"-master.port={ports['master']}", f"-volume.port={ports['volume']}",
                     f"-filer.port={ports['filer']}", "-master.telemetry=false", "-master.volumeSizeLimitMB=64",
                     "-volume.max=20",
