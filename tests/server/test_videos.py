@@ -6,6 +6,7 @@ import asyncio
 import base64
 import io
 import json
+import threading
 from pathlib import Path
 
 import av
@@ -92,8 +93,8 @@ def png(width=128, height=96, colour=(20, 120, 220)):
     return file.getvalue()
 
 
-def events(server, video_id, limit=200):
-    """(event, data) of a clip's stream, to its end."""
+def events(server, video_id, limit=200, on_first=lambda: None):
+    """(event, data) of a clip's stream, to its end; `on_first` is called once it is being followed."""
     found = []
     with httpx.stream("GET", f"{server.url}/v1/videos/{video_id}/events", timeout=20) as answer:
         assert answer.headers["content-type"].startswith("text/event-stream")
@@ -103,6 +104,8 @@ def events(server, video_id, limit=200):
                 name = line[7:]
             elif line.startswith("data: "):
                 found.append((name, json.loads(line[6:])))
+                if len(found) == 1:
+                    on_first()
     assert len(found) < limit
     return found
 
@@ -444,7 +447,9 @@ def test_another_keys_videos_are_not_there(deploy):
 def test_events_tell_states_steps_and_pictures_and_end_with_the_clip(server):
     video_id = create(server, prompt="hold a cat", num_inference_steps=6, partial_images=2, size="96x64")["id"]
     loop = asyncio.new_event_loop()
-    watching = loop.run_in_executor(None, events, server, video_id)
+    followed = threading.Event()
+    watching = loop.run_in_executor(None, lambda: events(server, video_id, on_first=followed.set))
+    assert followed.wait(15)
     wait_until(lambda: server.get(f"/v1/videos/{video_id}").json()["status"] == "in_progress")
     server.engine.released.set()
     found = loop.run_until_complete(watching)
