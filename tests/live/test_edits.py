@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import re
+import time
 from pathlib import Path
 
 import httpx
@@ -209,4 +210,8 @@ def test_prompt_is_needed_and_seventeen_pictures_are_too_many(live_server, drawn
 
 def test_inputs_are_gone_once_the_edit_is_done(live_server, drawn):
     live_server.client().images.edit(image=png(drawn), prompt="make the circle green")
-    assert list((Path(live_server.folder) / "data" / "inputs").iterdir()) == []
+    inputs = Path(live_server.folder) / "data" / "inputs"
+    deadline = time.monotonic() + 20  # they go right after the answer
+    while any(inputs.iterdir()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert list(inputs.iterdir()) == []
