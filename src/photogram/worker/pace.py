@@ -6,7 +6,6 @@ and no pre-emption would help. On the CPU a call is over when it returns.
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
@@ -32,8 +31,10 @@ class Pace:
     like is waited for, and later ones are reported to take what the last finished one of their like did.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, clock: Callable[[], float]) -> None:
+        """`clock` gives seconds; a GPU times its passes itself."""
         self._device = device
+        self._clock = clock
         self._in_flight: deque[_Pass] = deque()
         self._seconds: dict[Hashable, float] = {}
 
@@ -46,9 +47,9 @@ class Pace:
     def measured(self, like: Hashable, report: Callable[[float], None]) -> Iterator[None]:
         """Time what is launched inside; `report` is given its seconds. Passes of equal `like` cost alike."""
         if self._device.type != "cuda":
-            started = time.perf_counter()
+            started = self._clock()
             yield
-            report(time.perf_counter() - started)
+            report(self._clock() - started)
             return
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()

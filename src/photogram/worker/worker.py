@@ -68,7 +68,7 @@ class Worker:
         self._emit = emit
         self._clock = clock
         self._frames = FrameStore(config.frames_dir)
-        self._pace = Pace(served.device)
+        self._pace = Pace(served.device, clock)
         self._peak = PeakMemory(served.device)
         self._scheduler = Scheduler(
             SchedulerConfig(
