@@ -139,6 +139,21 @@ def test_jobs_after_an_unmerge_are_drawn_by_the_base(family_folder, tmp_path):
     assert not (during == before).all()
 
 
+def test_a_strength_of_zero_is_the_base_and_the_next_lora_is_served(family_folder, tmp_path):
+    studio = Studio(family_folder("flux-1"), tmp_path)
+    first, second, *_ = uses_for(studio, tmp_path)
+    plain = requests_of("flux-1")[0]
+    base = studio.draw([plain])[plain.job_id].latents
+    nothing = msgspec.structs.replace(first, strength=0.0)
+    answer = set_loras(studio, nothing)
+    assert {one.strength for module in answer.state.active.values() for one in module} == {0.0}
+    set_loras(studio, nothing, merged=False)
+    drawn = [studio.draw([msgspec.structs.replace(plain, loras=(use,))]) for use in (nothing, second, nothing)]
+    before, changed, after = (result[plain.job_id].latents for result in drawn)
+    assert (before == base).all() and (after == base).all()
+    assert not (changed == base).all()
+
+
 def test_a_compiled_denoiser_is_switched_without_compiling_again(family_folder, tmp_path):
     studio = Studio(family_folder("flux-1"), tmp_path)
     module = studio.served.modules["transformer"]

@@ -10,7 +10,8 @@ from .adapter import Adapter
 from .changes import Change, Changes
 
 Key = tuple[tuple[int, str, float], ...]
-"""Equal for equal weights: (version, part, strength) of each LoRA in the order of merging; () is the base."""
+"""Equal for equal weights: (version, part, strength) of each LoRA that changes any, in the order of merging; () is
+the base."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -25,6 +26,13 @@ class Entry:
     def changes(self) -> Changes:
         return self.adapter.changes[self.part]
 
+    @cached_property
+    def applied(self) -> Changes:
+        """The changes that this strength makes: at zero only such as do not vanish with it."""
+        if self.strength != 0:
+            return self.changes
+        return {name: change for name, change in self.changes.items() if not change.does_nothing_at_zero}
+
 
 @dataclass(frozen=True, eq=False)
 class ModuleLoras:
@@ -34,16 +42,15 @@ class ModuleLoras:
 
     @cached_property
     def key(self) -> Key:
-        return tuple((entry.adapter.version, entry.part, entry.strength) for entry in self.entries)
+        return tuple((entry.adapter.version, entry.part, entry.strength) for entry in self.entries if entry.applied)
 
     @cached_property
     def changes(self) -> Mapping[str, tuple[tuple[Change, float], ...]]:
-        """The changes of each parameter with their strengths; such as change nothing are left out."""
+        """The changes of each parameter with their strengths."""
         found: dict[str, list[tuple[Change, float]]] = {}
         for entry in self.entries:
-            for name, change in entry.changes.items():
-                if entry.strength != 0 or not change.does_nothing_at_zero:
-                    found.setdefault(name, []).append((change, entry.strength))
+            for name, change in entry.applied.items():
+                found.setdefault(name, []).append((change, entry.strength))
         return {name: tuple(changes) for name, changes in found.items()}
 
     @cached_property

@@ -61,7 +61,7 @@ class ModuleWeights:
             raise
         self.merged = wanted
         seconds = self._now() - started
-        if not is_first and seconds > 0:
+        if touched and not is_first and seconds > 0:
             self._rate = self._bytes(touched) / seconds
         if self._device.type == "cpu":
             # Copying again is as fast as restoring, and a laptop's memory is short.
