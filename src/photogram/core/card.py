@@ -50,6 +50,7 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     parameters: dict[str, ParameterKind] = {}
     defaults: dict[str, JSONValue] = {}  # of `parameters`, where the model wants another than its pipeline's
     lora_modules: tuple[str, ...] = ()  # components that LoRAs can change, the main denoiser first; none: no support
+    tuning: tuple[str, ...] = ()  # what the worker did to make it fast, a line each
     precisions: dict[str, str] = {}  # component -> fp32 | bf16 | fp16 | fp8
     device: str  # "cpu", "cuda:0"
     device_name: str

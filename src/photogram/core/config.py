@@ -22,6 +22,7 @@ from .request import MAX_LORA_STRENGTH
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 StepCache = Literal["none", "first-block"]
+AttentionBackend = Literal["auto", "torch", "cudnn", "flash", "efficient", "math", "fa3", "fa4"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 DEMO_IMAGE = "demo-image"
@@ -49,6 +50,14 @@ class Precisions(msgspec.Struct, frozen=True, kw_only=True):
     text_encoder: Precision = "auto"
 
 
+class Tuning(msgspec.Struct, frozen=True, kw_only=True):
+    """What is done to the networks of a loaded pipeline to make them fast; none of it changes their maths."""
+
+    attention_backend: AttentionBackend = "auto"
+    compile: bool = False
+    channels_last: bool = True
+
+
 class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """What a worker needs to load its model and run jobs."""
 
@@ -60,6 +69,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     degrees: Degrees
     precisions: Precisions
     placement: Placement
+    tuning: Tuning
     max_batch_size: int
     max_live_jobs: int
     prompt_cache_bytes: int
@@ -103,6 +113,12 @@ class ServeConfig:
     pin_cpu_memory: bool = setting(True, "pin the host memory of what is offloaded: faster copies, not swappable")
     vae_tiling: bool = setting(False, "decode large pictures in tiles: less memory, faint seams possible")
     vae_slicing: bool = setting(False, "decode the pictures of a batch one by one")
+    # --- speed
+    attention_backend: AttentionBackend = setting(
+        "auto", "attention kernels tried first: auto, torch's own order, cudnn, flash, efficient, math, fa3 or fa4"
+    )
+    compile: bool = setting(False, "compile the denoiser's blocks: a slower first start, faster steps")
+    channels_last: bool = setting(True, "on a GPU, keep the weights of VAEs and UNets in the order convolutions want")
     # --- several devices
     num_gpus: int = setting(1, "devices that share one model; on a CPU: processes")
     ulysses_degree: int | None = setting(None, "devices that exchange heads; default: what the ring leaves")
@@ -194,6 +210,8 @@ class ServeConfig:
             raise ConfigError(f"--dit-cpu-offload, --dit-layerwise-offload: not with --num-gpus {self.num_gpus}.")
         if self.degrees.world_size > 1 and self.step_cache != "none":
             raise ConfigError(f"--step-cache {self.step_cache}: not with --num-gpus {self.num_gpus}.")
+        if self.compile:
+            self._check_compile()
         if self.public_url is not None and not re.match(r"https?://[^/]", self.public_url):
             raise ConfigError(f"--public-url '{self.public_url}': must start with http:// or https://.")
         if not 0 <= self.presigned_url_seconds <= 604_800:
@@ -203,6 +221,15 @@ class ServeConfig:
         parse_keep(self.keep)
         parse_keep(self.keep_uploads, "--keep-uploads")
         self._check_loras()
+
+    def _check_compile(self) -> None:
+        """Compiled blocks may neither change from step to step nor lie elsewhere at each call."""
+        if self.degrees.world_size > 1:
+            raise ConfigError(f"--compile: not with --num-gpus {self.num_gpus}.")
+        if self.dit_layerwise_offload:
+            raise ConfigError("--compile: not with --dit-layerwise-offload.")
+        if self.step_cache != "none":
+            raise ConfigError(f"--compile: not with --step-cache {self.step_cache}.")
 
     def _check_loras(self) -> None:
         num = len(self.lora_path)
@@ -225,6 +252,11 @@ class ServeConfig:
     @property
     def data_path(self) -> Path:
         return Path(self.data_dir).expanduser()
+
+    @property
+    def kernels_path(self) -> Path:
+        """Where compiled kernels are kept, so that a second start finds them."""
+        return self.data_path / "kernels"
 
     @property
     def listens_on_loopback(self) -> bool:
@@ -250,6 +282,11 @@ class ServeConfig:
                 dit=self.dit_precision,
                 vae=self.vae_precision,
                 text_encoder=self.text_encoder_precision,
+            ),
+            tuning=Tuning(
+                attention_backend=self.attention_backend,
+                compile=self.compile,
+                channels_last=self.channels_last,
             ),
             placement=Placement(**{name: getattr(self, name) for name in Placement.__struct_fields__}),
             max_batch_size=1 if self.deterministic else self.max_batch_size,

@@ -240,7 +240,7 @@ class WorkerEngine:
         self._ready.clear()
         self._reason = ""
         try:
-            self._worker = await WorkerProcess.start(self._command)
+            self._worker = await WorkerProcess.start(self._config.kernels_path, self._command)
         except OSError as error:
             return 1, False, str(error)
         logger.info("worker %d started", self._worker.pid)

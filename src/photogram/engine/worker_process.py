@@ -43,8 +43,11 @@ class WorkerProcess:
         return self._process.pid
 
     @classmethod
-    async def start(cls, command: Sequence[str] = WORKER_COMMAND) -> WorkerProcess:
-        """Start `command` with the socket's path and wait for its connection. Raises OSError when none comes."""
+    async def start(cls, kernels: Path, command: Sequence[str] = WORKER_COMMAND) -> WorkerProcess:
+        """Start `command` with the socket's path and wait for its connection. Raises OSError when none comes.
+
+        `kernels` is the folder for what it compiles.
+        """
         accepted: asyncio.Future[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = (
             asyncio.get_running_loop().create_future()
         )
@@ -64,7 +67,7 @@ class WorkerProcess:
                 str(path),
                 stdin=asyncio.subprocess.DEVNULL,
                 start_new_session=True,
-                env=WORKER_ENVIRONMENT | dict(os.environ),
+                env=WORKER_ENVIRONMENT | _kept_in(kernels) | dict(os.environ),
             )
             ended = asyncio.ensure_future(process.wait())
             try:
@@ -112,3 +115,11 @@ class WorkerProcess:
         except TimeoutError:
             self.kill()
             await self._process.wait()
+
+
+def _kept_in(kernels: Path) -> dict[str, str]:
+    """Where torch and Triton, which name what they keep by versions, device and code, are to keep compiled kernels.
+
+    Both read it while they are imported.
+    """
+    return {"TORCHINDUCTOR_CACHE_DIR": str(kernels / "inductor"), "TRITON_CACHE_DIR": str(kernels / "triton")}

@@ -278,6 +278,7 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
     takes_negative_prompt: bool
     takes_guidance_scale: bool
     parameters: dict[str, str]
+    tuning: list[str]
 
 
 class ModelList(msgspec.Struct, frozen=True, kw_only=True):

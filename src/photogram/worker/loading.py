@@ -33,6 +33,7 @@ from .modules import BigModule, big_modules, is_denoiser
 from .parallel.leader import Group
 from .placement import is_offloaded, offload, place
 from .residency import Visitors
+from .tuning.tune import tune
 
 logger = logging.getLogger(__name__)
 
@@ -156,11 +157,15 @@ def prepare(
         group.shard(
             {name: part for name, part in pipeline.components.items() if is_denoiser(name) and part is not None}
         )
+    networks = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
+    tuned = tune(networks, frozenset(filter(is_denoiser, networks)), config.tuning, device)
     visiting = {name for name in pipeline.components if is_offloaded(name, config.placement) and device.type != "cpu"}
     # LoRAs change weights where they lie, on this rank alone; several ranks and weights that move are left as they are.
     can_change = () if group is not None else tuple(n for n in lora_modules(pipeline) if n not in visiting)
-    card = msgspec.structs.replace(card, lora_modules=can_change)
+    card = msgspec.structs.replace(card, lora_modules=can_change, tuning=tuned.lines)
     modules = big_modules(pipeline)
+    for module in modules.values():
+        module.around_calls = tuned.attention.around_calls
     for name in card.lora_modules:
         modules[name].loras = ModuleServing(name, modules[name].module, device)
     if group is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -40,6 +40,7 @@ class BigModule:
         self.signatures: dict[str, inspect.Signature] = {}
         self.is_denoiser = is_denoiser(name)
         self.loras: ModuleServing | None = None  # where LoRAs can change it
+        self.around_calls: Callable[[], AbstractContextManager[object]] = nullcontext
         first = next(module.parameters(), None)
         self.dtype = first.dtype if first is not None and first.is_floating_point() else None
         for method in ENTRY_METHODS:
@@ -61,6 +62,7 @@ class BigModule:
         `context_owner` keeps the step caches of two jobs apart.
         """
         with ExitStack() as stack:
+            stack.enter_context(self.around_calls())
             if self.loras is not None:
                 stack.enter_context(self.loras.applied(call.loras, exact=call.exact))
             if call.autocast is not None:

@@ -6,6 +6,8 @@ import logging
 import secrets
 from pathlib import Path
 
+from msgspec.structs import replace
+
 from ..core.errors import ConfigError, OutOfMemory
 from ..core.messages import Failed, Finished, ToHost
 from ..core.request import GenerateRequest
@@ -19,14 +21,16 @@ WARM_UP_STEPS = 2
 def warm_up(worker: Worker) -> None:
     """Draw one picture or clip at the default size with the fewest steps; a failure is logged, not fatal.
 
-    Clients may well ask for sizes that fit where the default does not. Only a step cache that the denoiser cannot
-    run with (diffusers offers it for more models than it works for) raises ConfigError.
+    Where blocks are compiled, two at once: one row and several are two programs. Clients may well ask for sizes that
+    fit where the default does not. Only what the denoiser cannot run with at all, a step cache (diffusers offers it
+    for more models than it works for) or being compiled, raises ConfigError.
     """
     card = worker.served.card
     if card.tasks[0] in ("I2I", "I2V"):
         return  # nothing to be drawn without a picture
+    compiles = worker.config.tuning.compile
     messages: list[ToHost] = []
-    request = GenerateRequest(
+    first = GenerateRequest(
         job_id=f"warm-up-{secrets.token_hex(4)}",
         owner="warm-up",
         task=card.tasks[0],
@@ -41,7 +45,9 @@ def warm_up(worker: Worker) -> None:
         extra=card.defaults,
     )
     with worker.heard_by(messages.append):
-        worker.submit(request)
+        worker.submit(first)
+        if compiles and worker.config.max_batch_size > 1 and not worker.served.runs_alone:
+            worker.submit(replace(first, job_id=f"{first.job_id}-2", prompt="a street in the rain", seed=1))
         run_until_idle(worker)
     for message in messages:
         if isinstance(message, Finished):
@@ -51,4 +57,6 @@ def warm_up(worker: Worker) -> None:
         elif isinstance(message, Failed):
             if worker.caches_steps and message.code != OutOfMemory.code:
                 raise ConfigError(f"--step-cache: this model does not run with it ({message.message})")
+            if compiles and message.code != OutOfMemory.code:
+                raise ConfigError(f"--compile: this model does not run with it ({message.message})")
             logger.warning("the warm-up failed: %s", message.message)

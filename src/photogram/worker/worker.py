@@ -63,8 +63,7 @@ class Worker:
             config.lora_cache_bytes,
             lambda: set().union(*(job.loras.versions for job in self.jobs.values())),
         )
-        self._one_at_a_time = config.max_batch_size == 1
-        self._deterministic = config.deterministic
+        self.config = config
         self._emit = emit
         self._clock = clock
         self._frames = FrameStore(config.frames_dir)
@@ -94,7 +93,7 @@ class Worker:
         now = self._clock()
         try:
             # Where calls run one at a time a seed gives the same bits at any load, and so must its LoRAs.
-            exact = self._runs_alone(request) or self._one_at_a_time
+            exact = self._runs_alone(request) or self.config.max_batch_size == 1
             job = Job(request, self.served, self.loras.of_job(request.loras, exact=exact), now)
         except Exception as error:
             self._emit(self._failure(request.job_id, error))
@@ -290,7 +289,7 @@ class Worker:
         )
 
     def _runs_alone(self, request: GenerateRequest) -> bool:
-        return request.deterministic or self._deterministic or self.served.runs_alone
+        return request.deterministic or self.config.deterministic or self.served.runs_alone
 
     # --- memory of answers
 

@@ -110,6 +110,7 @@ def model_of(card: ModelCard, created: int) -> Model:
         takes_negative_prompt=card.takes_negative_prompt,
         takes_guidance_scale=card.takes_guidance,
         parameters=dict(card.parameters),
+        tuning=list(card.tuning),
         **asdict(facts),
     )
 

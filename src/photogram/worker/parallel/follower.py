@@ -18,6 +18,7 @@ import torch
 from ...core.errors import ConfigError
 from ..loading import load_denoisers
 from ..process import configure_logging, end_with_parent
+from ..tuning.attention import choose_attention
 from .arguments import receive
 from .attention import Shares
 from .lengths import Lengths
@@ -50,9 +51,12 @@ def main(arguments: list[str]) -> int:
             link.send(Loaded(str(error)))
             return 2
         link.send(Loaded(None))
+        attention = choose_attention(first.config.tuning.attention_backend, device)
         while order := link.receive():
             assert isinstance(order, RunCall)
-            link.send(Outcome(order.number, _run(order, modules, mesh, lengths)))
+            with attention.around_calls():
+                outcome = _run(order, modules, mesh, lengths)
+            link.send(Outcome(order.number, outcome))
     return 0
 
 

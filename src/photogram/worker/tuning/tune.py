@@ -1,0 +1,49 @@
+"""Applies what the settings and the device ask for to the networks of a pipeline, and says what was done."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from ...core.config import Tuning
+from .attention import Attention, choose_attention
+from .compiling import compile_repeated
+from .memory_format import use_channels_last
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Tuned:
+    """What was done, a line for each thing, and the order of attention kernels that calls are to be run under."""
+
+    lines: tuple[str, ...]
+    attention: Attention
+
+
+def tune(
+    networks: Mapping[str, torch.nn.Module], denoisers: frozenset[str], wanted: Tuning, device: torch.device
+) -> Tuned:
+    """Tune a pipeline's networks, by their names, in place.
+
+    To be called once they are on their device or in the host memory they wait in, before anything keeps copies of
+    their weights. Raises ConfigError for what this device cannot do.
+    """
+    done: list[str] = []
+    attention = choose_attention(wanted.attention_backend, device)
+    if attention.name != "torch":
+        done.append(f"attention: {attention.name} first")
+    if wanted.channels_last and device.type == "cuda":
+        for name, network in networks.items():
+            if name.startswith(("vae", "unet")) and (count := use_channels_last(network)):
+                done.append(f"{name}: {count} convolutions channels last")
+    if wanted.compile:
+        for name in sorted(denoisers):
+            parts = compile_repeated(networks[name])
+            done.append(f"{name}: {len(parts)} blocks compiled")
+    for line in done:
+        logger.info("%s", line)
+    return Tuned(tuple(done), attention)
