@@ -150,7 +150,8 @@ def test_a_strength_of_zero_is_the_base_and_the_next_lora_is_served(family_folde
     set_loras(studio, nothing, merged=False)
     drawn = [studio.draw([msgspec.structs.replace(plain, loras=(use,))]) for use in (nothing, second, nothing)]
     before, changed, after = (result[plain.job_id].latents for result in drawn)
-    assert (before == base).all() and (after == base).all()
+    assert (before == base).all()
+    assert (after == base).all()
     assert not (changed == base).all()
 
 
