@@ -12,7 +12,16 @@ from photogram.core.errors import ConfigError
 from photogram.core.parallel import Degrees, resolve_degrees
 
 WORLD = 4
-FAMILIES = ("wan-2.1", "wan-2.2-ti2v", "flux-2-klein", "qwen-image", "flux-1")
+FAMILIES = (
+    "wan-2.1",
+    "wan-2.2-ti2v",
+    "flux-2-klein",
+    "qwen-image",
+    "flux-1",
+    "z-image",
+    "stable-diffusion-3",
+    "hunyuan-video-1.5",
+)
 TOLERANCE = 1e-4  # of the result's spread, fp32
 
 
@@ -30,7 +39,7 @@ def test_every_layout_of_four_ranks_gives_what_one_rank_gives(family_folder, tmp
         for rank in range(WORLD)
     ]
     try:
-        output, _ = ranks[0].communicate(timeout=240)
+        output, _ = ranks[0].communicate(timeout=400)
     finally:
         for rank in ranks:
             rank.kill()

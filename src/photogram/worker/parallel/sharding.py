@@ -1,27 +1,23 @@
-"""Splits a denoiser's sequences over the ranks: the one file that uses diffusers' private parallel interface.
+"""Splits a denoiser's sequences over the ranks, through diffusers' private parallel interface.
 
 Which arguments and results are split, and along which axis, is diffusers' own table (`_cp_plan` of each
-transformer) or, for a family that has none, ours. How they are split and how attention joins them is ours: diffusers'
-own code refuses lengths that do not divide and has no attention with log-sum-exp on the CPU.
+transformer) or, for a family that has none, ours (`plans`). How they are split and how attention joins them is ours:
+diffusers' own code refuses lengths that do not divide and has no attention with log-sum-exp on the CPU.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from diffusers.hooks import HookRegistry
-from diffusers.hooks.context_parallel import (
-    ContextParallelGatherHook,
-    ContextParallelSplitHook,
-    _get_submodule_by_name,
-)
+from diffusers.hooks.context_parallel import ContextParallelGatherHook, ContextParallelSplitHook
 from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 
 from ...core.errors import ConfigError
 from .attention import Shares, attend
+from .plans import OWN_PLANS, Plan
 
 _native_attention = _AttentionBackendRegistry._backends[AttentionBackendName.NATIVE]
 
@@ -45,20 +41,44 @@ def shard(denoiser: torch.nn.Module, shares: Shares) -> None:
         fitting = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
         raise ConfigError(f"--ulysses-degree {ulysses}: {name} has {heads} heads, which divide by {fitting}.")
     _AttentionBackendRegistry._backends[AttentionBackendName.NATIVE] = _attention
-    for module in denoiser.modules():
-        processor = vars(module).get("processor")
-        if processor is not None and "_parallel_config" in dir(processor):
-            processor._parallel_config = shares
-    for path, entry in plan.items():
-        found = _get_submodule_by_name(denoiser, path)
-        for module in found if isinstance(found, list) else [found]:
+    for path, module in denoiser.named_modules():
+        if path.split(".")[0] not in plan.whole:
+            _split_attention(module, plan, shares)
+    for path, entry in plan.edges.items():
+        for module in _found(denoiser, path):
             hook = _Split(entry, shares) if isinstance(entry, dict) else _Gather(_outputs(entry), shares)
             HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, f"photogram_shares---{path}")
 
 
-def _plan(denoiser: torch.nn.Module) -> Mapping[str, Any] | None:
+def _split_attention(module: torch.nn.Module, plan: Plan, shares: Shares) -> None:
+    """Make a module's attention, where it has one, attend to all ranks' tokens."""
+    processor = vars(module).get("processor")
+    own = plan.processors.get(type(processor))
+    if own is not None:
+        module.processor = own(shares)
+    elif processor is not None and "_parallel_config" in dir(processor):
+        processor._parallel_config = shares
+
+
+def _plan(denoiser: torch.nn.Module) -> Plan | None:
     own = OWN_PLANS.get(type(denoiser).__name__)
-    return own if own is not None else vars(type(denoiser)).get("_cp_plan")
+    if own is not None:
+        return own
+    edges = vars(type(denoiser)).get("_cp_plan")
+    return None if edges is None else Plan(edges=edges)
+
+
+def _found(model: torch.nn.Module, path: str) -> list[torch.nn.Module]:
+    """The submodules at a plan's path."""
+    found = [model]
+    for name in path.split(".") if path else ():
+        if name == "*":
+            found = [child for one in found for child in one.children()]
+        elif name == "-1":
+            found = [list(one.children())[-1] for one in found]
+        else:
+            found = [one.get_submodule(name) for one in found]
+    return found
 
 
 def _num_heads(denoiser: torch.nn.Module) -> int | None:
@@ -109,7 +129,3 @@ def _attention(
     if is_causal or enable_gqa or dropout_p:
         raise ValueError("causal, grouped or random attention cannot be split over ranks")
     return attend(query, key, value, attn_mask, scale, _parallel_config)
-
-
-OWN_PLANS: Mapping[str, Mapping[str, Any]] = {}
-"""By the transformer's class, where diffusers has no plan."""
