@@ -105,9 +105,11 @@ def copy_without_compiling(network: torch.nn.Module) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize("conflict", [{"num_gpus": 2}, {"dit_layerwise_offload": True}, {"step_cache": "first-block"}])
-def test_compiling_is_refused_beside_what_changes_blocks_at_every_call(conflict):
+def test_what_needs_blocks_to_stand_is_refused_beside_what_changes_them_at_every_call(conflict):
     with pytest.raises(ConfigError, match="--compile: not with"):
         ServeConfig(compile=True, **conflict)
+    with pytest.raises(ConfigError, match="--cuda-graphs: not with"):
+        ServeConfig(cuda_graphs=True, **conflict)
 
 
 def test_a_model_that_cannot_be_compiled_is_refused_at_the_start(family_folder, tmp_path):

@@ -56,6 +56,8 @@ class Tuning(msgspec.Struct, frozen=True, kw_only=True):
     attention_backend: AttentionBackend = "auto"
     compile: bool = False
     channels_last: bool = True
+    cuda_graphs: bool = False
+    cuda_graph_memory_bytes: int = 4_000_000_000
 
 
 class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -118,6 +120,8 @@ class ServeConfig:
         "auto", "attention kernels tried first: auto, torch's own order, cudnn, flash, efficient, math, fa3 or fa4"
     )
     compile: bool = setting(False, "compile the denoiser's blocks: a slower first start, faster steps")
+    cuda_graphs: bool = setting(False, "replay calls that are bound by launches as CUDA graphs")
+    cuda_graph_memory_gb: float = setting(4.0, "memory for CUDA graphs, GB, at most")
     channels_last: bool = setting(True, "on a GPU, keep the weights of VAEs and UNets in the order convolutions want")
     # --- several devices
     num_gpus: int = setting(1, "devices that share one model; on a CPU: processes")
@@ -210,8 +214,11 @@ class ServeConfig:
             raise ConfigError(f"--dit-cpu-offload, --dit-layerwise-offload: not with --num-gpus {self.num_gpus}.")
         if self.degrees.world_size > 1 and self.step_cache != "none":
             raise ConfigError(f"--step-cache {self.step_cache}: not with --num-gpus {self.num_gpus}.")
-        if self.compile:
-            self._check_compile()
+        if not self.cuda_graph_memory_gb > 0:
+            raise ConfigError(f"--cuda-graph-memory-gb {self.cuda_graph_memory_gb}: must be above 0.")
+        for name in ("compile", "cuda_graphs"):
+            if getattr(self, name):
+                self._check_blocks_stand(f"--{name.replace('_', '-')}")
         if self.public_url is not None and not re.match(r"https?://[^/]", self.public_url):
             raise ConfigError(f"--public-url '{self.public_url}': must start with http:// or https://.")
         if not 0 <= self.presigned_url_seconds <= 604_800:
@@ -222,14 +229,14 @@ class ServeConfig:
         parse_keep(self.keep_uploads, "--keep-uploads")
         self._check_loras()
 
-    def _check_compile(self) -> None:
-        """Compiled blocks may neither change from step to step nor lie elsewhere at each call."""
+    def _check_blocks_stand(self, flag: str) -> None:
+        """What is compiled or recorded may neither change from step to step nor lie elsewhere at each call."""
         if self.degrees.world_size > 1:
-            raise ConfigError(f"--compile: not with --num-gpus {self.num_gpus}.")
+            raise ConfigError(f"{flag}: not with --num-gpus {self.num_gpus}.")
         if self.dit_layerwise_offload:
-            raise ConfigError("--compile: not with --dit-layerwise-offload.")
+            raise ConfigError(f"{flag}: not with --dit-layerwise-offload.")
         if self.step_cache != "none":
-            raise ConfigError(f"--compile: not with --step-cache {self.step_cache}.")
+            raise ConfigError(f"{flag}: not with --step-cache {self.step_cache}.")
 
     def _check_loras(self) -> None:
         num = len(self.lora_path)
@@ -287,6 +294,8 @@ class ServeConfig:
                 attention_backend=self.attention_backend,
                 compile=self.compile,
                 channels_last=self.channels_last,
+                cuda_graphs=self.cuda_graphs,
+                cuda_graph_memory_bytes=int(self.cuda_graph_memory_gb * 1e9),
             ),
             placement=Placement(**{name: getattr(self, name) for name in Placement.__struct_fields__}),
             max_batch_size=1 if self.deterministic else self.max_batch_size,

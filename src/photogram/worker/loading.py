@@ -33,6 +33,7 @@ from .modules import BigModule, big_modules, is_denoiser
 from .parallel.leader import Group
 from .placement import is_offloaded, offload, place
 from .residency import Visitors
+from .tuning.graphs import Graphs
 from .tuning.tune import tune
 
 logger = logging.getLogger(__name__)
@@ -51,6 +52,7 @@ class ServedPipeline:
     device: torch.device
     runs_alone: bool  # its code changes the shared denoiser, so jobs run one by one
     visitors: Visitors  # components that are on the device for their calls
+    graphs: Graphs | None  # of calls that are bound by launches
 
     def route(self, request: GenerateRequest) -> Route:
         """Return how the request is served. Raises RequestError where the model cannot."""
@@ -166,6 +168,8 @@ def prepare(
     modules = big_modules(pipeline)
     for module in modules.values():
         module.around_calls = tuned.attention.around_calls
+        if module.name not in visiting:  # a graph knows weights by their place
+            module.graphs = tuned.graphs
     for name in card.lora_modules:
         modules[name].loras = ModuleServing(name, modules[name].module, device)
     if group is not None:
@@ -182,6 +186,7 @@ def prepare(
         device=device,
         runs_alone=runs_alone,
         visitors=visitors,
+        graphs=tuned.graphs,
     )
 
 

@@ -19,6 +19,7 @@ from diffusers.models.cache_utils import CacheMixin
 
 from .fibers import Call, Fiber
 from .lora.serving import ModuleServing
+from .tuning.graphs import Graphs
 
 CallPhase = Literal["encode", "denoise", "decode"]
 
@@ -40,6 +41,7 @@ class BigModule:
         self.signatures: dict[str, inspect.Signature] = {}
         self.is_denoiser = is_denoiser(name)
         self.loras: ModuleServing | None = None  # where LoRAs can change it
+        self.graphs: Graphs | None = None  # where its calls may be replayed
         self.around_calls: Callable[[], AbstractContextManager[object]] = nullcontext
         first = next(module.parameters(), None)
         self.dtype = first.dtype if first is not None and first.is_floating_point() else None
@@ -71,7 +73,15 @@ class BigModule:
                 name, fields = call.cache_context
                 stack.enter_context(CacheMixin.cache_context(self.module, f"{context_owner}/{name}", **fields))
             args, kwargs = self._in_own_precision(call)
-            return self.real[call.method](*args, **kwargs)
+            real = self.real[call.method]
+            if self.graphs is not None and self._is_plain(call):
+                return self.graphs.run(self.name, real, args, kwargs)
+            return real(*args, **kwargs)
+
+    def _is_plain(self, call: Call) -> bool:
+        """Say whether the call runs nothing but the network's own code and weights as they are."""
+        mixes = self.loras is not None and self.loras.unmerged(call.loras)
+        return call.method == "forward" and call.autocast is None and not mixes and not self.caches_steps
 
     def _in_own_precision(self, call: Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The call's arguments, in a VAE's precision where it is one.

@@ -21,14 +21,16 @@ WARM_UP_STEPS = 2
 def warm_up(worker: Worker) -> None:
     """Draw one picture or clip at the default size with the fewest steps; a failure is logged, not fatal.
 
-    Where blocks are compiled, two at once: one row and several are two programs. Clients may well ask for sizes that
-    fit where the default does not. Only what the denoiser cannot run with at all, a step cache (diffusers offers it
-    for more models than it works for) or being compiled, raises ConfigError.
+    Where blocks are compiled or calls recorded, two at once: one row and several are two programs, and a call is
+    recorded at its second time. Clients may well ask for sizes that fit where the default does not. Only what the
+    denoiser cannot run with at all, a step cache (diffusers offers it for more models than it works for) or being
+    compiled, raises ConfigError.
     """
     card = worker.served.card
     if card.tasks[0] in ("I2I", "I2V"):
         return  # nothing to be drawn without a picture
     compiles = worker.config.tuning.compile
+    prepares = compiles or worker.config.tuning.cuda_graphs
     messages: list[ToHost] = []
     first = GenerateRequest(
         job_id=f"warm-up-{secrets.token_hex(4)}",
@@ -46,7 +48,7 @@ def warm_up(worker: Worker) -> None:
     )
     with worker.heard_by(messages.append):
         worker.submit(first)
-        if compiles and worker.config.max_batch_size > 1 and not worker.served.runs_alone:
+        if prepares and worker.config.max_batch_size > 1 and not worker.served.runs_alone:
             worker.submit(replace(first, job_id=f"{first.job_id}-2", prompt="a street in the rain", seed=1))
         run_until_idle(worker)
     for message in messages:

@@ -69,11 +69,12 @@ class Worker:
         self._frames = FrameStore(config.frames_dir)
         self._pace = Pace(served.device, clock)
         self._peak = PeakMemory(served.device)
+        graph_bytes = config.tuning.cuda_graph_memory_bytes if config.tuning.cuda_graphs else 0
         self._scheduler = Scheduler(
             SchedulerConfig(
                 max_batch_size=config.max_batch_size,
                 max_live_jobs=1 if served.runs_alone else config.max_live_jobs,
-                memory_bytes=free_bytes(served.device, reserved=served.visitors.largest_bytes),
+                memory_bytes=free_bytes(served.device, reserved=served.visitors.largest_bytes + graph_bytes),
             )
         )
 
@@ -219,6 +220,8 @@ class Worker:
         if out_of_memory:
             if loras is not None:
                 loras.free_memory()
+            if self.served.graphs is not None:
+                self.served.graphs.forget()
             # The traceback holds the failed pass's tensors.
             error.__traceback__ = error.__cause__ = error.__context__ = None
             self._pace.release_memory()

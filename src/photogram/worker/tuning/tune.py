@@ -11,6 +11,7 @@ import torch
 from ...core.config import Tuning
 from .attention import Attention, choose_attention
 from .compiling import compile_repeated
+from .graphs import CudaRecorder, Graphs
 from .memory_format import use_channels_last
 
 logger = logging.getLogger(__name__)
@@ -18,10 +19,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Tuned:
-    """What was done, a line for each thing, and the order of attention kernels that calls are to be run under."""
+    """What was done, a line for each thing, and what is to be around calls from then on."""
 
     lines: tuple[str, ...]
     attention: Attention
+    graphs: Graphs | None
 
 
 def tune(
@@ -44,6 +46,12 @@ def tune(
         for name in sorted(denoisers):
             parts = compile_repeated(networks[name])
             done.append(f"{name}: {len(parts)} blocks compiled")
+    graphs: Graphs | None = None
+    if wanted.cuda_graphs and device.type == "cuda":
+        graphs = Graphs(CudaRecorder(device), device, wanted.cuda_graph_memory_bytes)
+        done.append(f"CUDA graphs of launch-bound calls, {wanted.cuda_graph_memory_bytes / 1e9:.1f} GB at most")
+    elif wanted.cuda_graphs:
+        logger.info("--cuda-graphs has no effect on a CPU")
     for line in done:
         logger.info("%s", line)
-    return Tuned(tuple(done), attention)
+    return Tuned(tuple(done), attention, graphs)
