@@ -6,6 +6,7 @@ W (out, in) or, of a convolution, (out, in, *kernel); r rank; D width.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 
@@ -13,11 +14,11 @@ import torch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Change:
+class Change(ABC):
     """A change of one parameter. `add_to` works in place on an fp32 copy, on the copy's device."""
 
-    def add_to(self, weight: torch.Tensor, strength: float) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def add_to(self, weight: torch.Tensor, strength: float) -> None: ...
 
     def tensors(self) -> Iterator[torch.Tensor]:
         """Give the tensors it is made of."""
@@ -35,9 +36,9 @@ class Change:
         """Whether strength 0 leaves the weight as it is."""
         return True
 
+    @abstractmethod
     def fits(self, weight: torch.Tensor) -> bool:
         """Say whether the shapes are those of this weight."""
-        raise NotImplementedError
 
 
 def _on(tensor: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
