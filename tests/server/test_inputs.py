@@ -1,6 +1,7 @@
 """Input pictures over HTTP: every way to name one, whose they are, and what they cost when they are refused."""
 
 import base64
+import errno
 import io
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ import pytest
 from PIL import Image
 
 from net.web import Web, endless, lead_to, say
+from photogram.jobs import inputs as input_folders
 
 from .conftest import wait_until
 from .fake_engine import image_card
@@ -219,6 +221,19 @@ def test_uploads_that_are_refused_leave_no_descriptor_open(server):
     before = psutil.Process().num_fds()
     assert {post(b"x" * 2_000_000) for _ in range(20)} == {400}
     wait_until(lambda: psutil.Process().num_fds() <= before + 2)
+
+
+@pytest.mark.parametrize("failing", ["make_folder", "sync_folder"])
+def test_inputs_that_do_not_fit_on_the_disk_are_a_storage_failure_that_leaves_nothing(server, monkeypatch, failing):
+    def full(folder):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(input_folders, failing, full)
+        answer = server.post(EDITS, data={"prompt": "x"}, files={"image": png()})
+    assert error_of(answer) == (502, None, "storage_failed")
+    assert inputs_left(server) == []
+    assert server.post(EDITS, data={"prompt": "x"}, files={"image": png()}).status_code == 200
 
 
 def test_models_that_cannot_begin_at_a_picture_make_no_variations(server):

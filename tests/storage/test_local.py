@@ -138,8 +138,7 @@ def test_a_full_disk_at_any_point_is_a_storage_failure_that_leaves_nothing(tmp_p
                 fdopen = os.fdopen
                 patch.setattr(os, "fdopen", lambda *arguments: FullFile(fdopen(*arguments)))
             elif failing == "sync_folder":
-                patch.setattr(local_module, "_make_shards", lambda folder: folder.mkdir(parents=True))
-                patch.setattr(local_module, "_sync_folder", fail)
+                patch.setattr(local_module, "sync_folder", fail)
             else:
                 patch.setattr(os, failing, fail)
             with pytest.raises(StorageFailed, match="No space left"):

@@ -7,14 +7,43 @@ folder that no row needs: the next start removes it.
 from __future__ import annotations
 
 import logging
+import secrets
 import shutil
 from collections.abc import Collection
 from pathlib import Path
+
+from ..core.errors import StorageFailed
+from ..storage.folders import make_folder, sync_folder
 
 log = logging.getLogger(__name__)
 
 INPUTS = "inputs"
 """The folder's name under the data folder."""
+
+
+def new(root: Path) -> Path:
+    """Return the place of one request's folder, which nobody has made yet."""
+    return root / secrets.token_hex(16)
+
+
+def make(folder: Path) -> None:
+    """Make one request's folder. Raises StorageFailed."""
+    try:
+        make_folder(folder)
+    except OSError as error:
+        raise _not_kept(error) from error
+
+
+def sync(folder: Path) -> None:
+    """Return when the names of one request's files are on the disk. Raises StorageFailed."""
+    try:
+        sync_folder(folder)
+    except OSError as error:
+        raise _not_kept(error) from error
+
+
+def _not_kept(error: OSError) -> StorageFailed:
+    return StorageFailed(f"The inputs could not be kept: {error.strerror or error}.")
 
 
 class InputFolders:

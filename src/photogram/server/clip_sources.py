@@ -6,8 +6,6 @@ What a request brings lies in one folder, under names of the server's own.
 from __future__ import annotations
 
 import asyncio
-import os
-import secrets
 import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -16,8 +14,9 @@ from pathlib import Path
 from typing import IO
 
 from ..core.card import ModelCard
-from ..core.errors import RequestError, StorageFailed
+from ..core.errors import RequestError
 from ..core.request import JSONValue
+from ..jobs import inputs as input_folders
 from ..jobs.record import JobRecord
 from ..jobs.store import JobStore
 from ..media import first_frame
@@ -119,7 +118,7 @@ class ClipSources:
         beginning = Beginning(
             start=start,
             param=CLIP_FIELD,
-            folder=self._new_folder(),
+            folder=input_folders.new(self._root),
             size=Size(facts.width, facts.height),
             num_frames=facts.num_frames,
             fps=facts.fps,
@@ -136,7 +135,7 @@ class ClipSources:
         beginning = Beginning(
             start=start,
             param=param,
-            folder=self._new_folder(),
+            folder=input_folders.new(self._root),
             size=Size(record.output.width, record.output.height),
             num_frames=frames_of(record),
             fps=float(record.output.fps or 1),
@@ -160,7 +159,7 @@ class ClipSources:
             await asyncio.to_thread(
                 first_frame.of_clip_end, beginning.clip, beginning.picture, request.width, request.height
             )
-        await asyncio.to_thread(_sync, beginning.folder)
+        await asyncio.to_thread(input_folders.sync, beginning.folder)
 
     async def _write_clip(self, found: Found, size: Size, fps: int, num_frames: int) -> None:
         beginning = found.beginning
@@ -172,7 +171,7 @@ class ClipSources:
                 param=beginning.param,
                 code="video_too_long",
             )
-        await asyncio.to_thread(_make_folder, beginning.folder)
+        await asyncio.to_thread(input_folders.make, beginning.folder)
         await self._decoders.clip(
             found.file,
             beginning.clip,
@@ -181,9 +180,6 @@ class ClipSources:
             max_pixels=self._max_pixels,
             form=form,
         )
-
-    def _new_folder(self) -> Path:
-        return self._root / secrets.token_hex(16)
 
 
 def _present(body: Body, fields: Sequence[str]) -> list[str]:
@@ -200,19 +196,3 @@ def _video_id(value: JSONValue) -> str | None:
             raise RequestError(f"'video[id]' must be an id, not {shown(value)}.", param=CLIP_FIELD, code="invalid_type")
         return value
     return value if isinstance(value, str) and value.startswith("video_") else None
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(mode=0o700, parents=True)
-        _sync(folder.parent)
-    except OSError as error:
-        raise StorageFailed(f"The clip could not be kept: {error.strerror}.") from error
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from ..core.errors import NotFound, ServiceError
-from ..jobs.record import JobRecord
+from ..jobs.record import JobKind, JobRecord
 from ..jobs.store import JobStore
 from ..storage import Storage
 from .forms import SPOOL_BYTES
@@ -31,13 +31,7 @@ async def finished_image(store: JobStore, image_id: str, owner: str, variant: in
 
     Raises NotFound for an unknown id, another owner's picture, and one that is not or will never be there.
     """
-    unknown = NotFound(f"No image {image_id[:100]!r}.", param="image_id", code="image_not_found")
-    try:
-        record = await store.get(image_id)
-    except NotFound:
-        raise unknown from None
-    if record.owner != owner or record.kind != "image":
-        raise unknown
+    record = await _owned(store, image_id, owner, "image")
     if variant is not None and variant != record.index:
         group = await store.group(record.group_id)
         of_index = {one.index: one for one in group}
@@ -55,12 +49,16 @@ async def finished_image(store: JobStore, image_id: str, owner: str, variant: in
 
 async def owned_video(store: JobStore, video_id: str, owner: str) -> JobRecord:
     """Return the record of a clip, whatever its state. Raises NotFound for an unknown id and another owner's clip."""
-    unknown = NotFound(f"No video {video_id[:100]!r}.", param="video_id", code="video_not_found")
+    return await _owned(store, video_id, owner, "video")
+
+
+async def _owned(store: JobStore, job_id: str, owner: str, kind: JobKind) -> JobRecord:
+    unknown = NotFound(f"No {kind} {job_id[:100]!r}.", param=f"{kind}_id", code=f"{kind}_not_found")
     try:
-        record = await store.get(video_id)
+        record = await store.get(job_id)
     except NotFound:
         raise unknown from None
-    if record.owner != owner or record.kind != "video":
+    if record.owner != owner or record.kind != kind:
         raise unknown
     return record
 

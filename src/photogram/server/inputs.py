@@ -9,9 +9,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
-import os
 import re
-import secrets
 import shutil
 import tempfile
 from collections.abc import Awaitable, Callable, Sequence
@@ -21,8 +19,9 @@ from pathlib import Path
 from typing import IO
 from urllib.parse import unquote_to_bytes, urlsplit
 
-from ..core.errors import NotFound, RequestError, StorageFailed, TooLarge
+from ..core.errors import NotFound, RequestError, TooLarge
 from ..core.request import JSONValue
+from ..jobs import inputs as input_folders
 from ..media.decoder_pool import DecoderPool
 from ..net.client import Outbound
 from .body import Body
@@ -112,7 +111,7 @@ class Intake:
             if len(sources) > MAX_INPUTS:
                 raise RequestError(f"{len(sources)} images: at most {MAX_INPUTS} are allowed.", param=sources[0][0])
             mask = masks[0].file if masks else await self._open_mask(mask_field, owner, host, opened)
-            inputs = await lay_out(sources, mask, self._root / secrets.token_hex(16), self._decoders)
+            inputs = await lay_out(sources, mask, input_folders.new(self._root), self._decoders)
         return replace(inputs, ignored=tuple(dict.fromkeys((*unknown, *ignored))))
 
     async def open(self, name: str, value: JSONValue, owner: str, host: str) -> IO[bytes] | None:
@@ -217,7 +216,7 @@ async def lay_out(sources: Sequence[Source], mask: IO[bytes] | None, folder: Pat
     """
     single = len(sources) == 1
     try:
-        _make_folder(folder)
+        input_folders.make(folder)
         paths: list[Path] = []
         sizes: list[Size] = []
         for number, (name, file) in enumerate(sources):
@@ -227,7 +226,7 @@ async def lay_out(sources: Sequence[Source], mask: IO[bytes] | None, folder: Pat
         mask_path = folder / "mask.png" if mask is not None else None
         if mask is not None and mask_path is not None:
             await decoders.mask(mask, mask_path, (sizes[0].width, sizes[0].height))
-        _sync(folder)
+        input_folders.sync(folder)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -243,7 +242,7 @@ async def from_files(names: Sequence[str], *, root: Path, decoders: DecoderPool)
                 sources.append((f"--image {name}", stack.enter_context(Path(name).open("rb"))))
             except OSError as error:
                 raise RequestError(f"--image '{name}': {error.strerror}.", param="image") from None
-        return await lay_out(sources, None, root / secrets.token_hex(16), decoders)
+        return await lay_out(sources, None, input_folders.new(root), decoders)
 
 
 def _values(value: JSONValue) -> list[JSONValue]:
@@ -264,19 +263,3 @@ def _no_picture(name: str, value: JSONValue) -> RequestError:
         param=name,
         code="invalid_image_url",
     )
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(mode=0o700, parents=True)
-        _sync(folder.parent)
-    except OSError as error:
-        raise StorageFailed(f"The input pictures could not be kept: {error.strerror}.") from error
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

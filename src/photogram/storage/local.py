@@ -12,6 +12,7 @@ from typing import IO, BinaryIO
 
 from ..core.errors import ConfigError, NotFound, StorageFailed
 from . import check_key
+from .folders import make_folder, sync_folder
 
 _CHUNK_BYTES = 256 << 10
 
@@ -99,10 +100,10 @@ class LocalStorage:
             written = partial
             try:
                 _write(partial, data)
-                _make_shards(path.parent)
+                make_folder(path.parent)
                 os.replace(partial, path)
                 written = path
-                _sync_folder(path.parent)
+                sync_folder(path.parent)
             except BaseException:
                 written.unlink(missing_ok=True)
                 raise
@@ -130,24 +131,6 @@ def _write(path: Path, data: bytes | IO[bytes]) -> None:
             shutil.copyfileobj(data, file, _CHUNK_BYTES)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _make_shards(folder: Path) -> None:
-    """Make the two levels of folders; a new folder is lasting once its parent is on the disk too."""
-    for level in (folder.parent, folder):
-        try:
-            level.mkdir(mode=0o700)
-        except FileExistsError:
-            continue
-        _sync_folder(level.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _open_at(path: Path, start: int) -> BinaryIO:
