@@ -47,6 +47,11 @@ def test_four_ranks_draw_what_one_draws(four_ranks, live_server):
     assert np.abs(picture(four_ranks) - picture(live_server)).max() <= 2  # of 255
 
 
+def test_four_ranks_decode_a_large_picture_as_one_does(four_ranks, live_server):
+    size = "512x128"  # 64 columns of latents: a band of 16 for each rank
+    assert np.abs(picture(four_ranks, size=size) - picture(live_server, size=size)).max() <= 2  # of 255
+
+
 def test_a_failed_call_fails_its_own_request_on_all_ranks_alike(four_ranks):
     body = {"prompt": PROMPT, "size": "256x160", "num_inference_steps": 10_000}
     assert httpx.post(f"{four_ranks.url}/v1/images/generations", json=body).status_code == 400

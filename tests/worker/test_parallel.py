@@ -7,9 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from diffusers import DiffusionPipeline
 
+from families.quiet import quiet
 from photogram.core.errors import ConfigError
 from photogram.core.parallel import Degrees, resolve_degrees
+from photogram.worker.parallel.decoding import can_split
 
 WORLD = 4
 FAMILIES = (
@@ -22,21 +25,22 @@ FAMILIES = (
     "stable-diffusion-3",
     "hunyuan-video-1.5",
 )
+# Group norms; causal convolutions that keep frames, of two generations and for pictures; a clip seen as a whole.
+DECODED = ("flux-1", "wan-2.1", "wan-2.2-ti2v", "qwen-image", "hunyuan-video-1.5")
 TOLERANCE = 1e-4  # of the result's spread, fp32
 
 
-def test_every_layout_of_four_ranks_gives_what_one_rank_gives(family_folder, tmp_path):
-    folders = [str(family_folder(name)) for name in FAMILIES]
-    command = [sys.executable, str(Path(__file__).with_name("ranks.py"))]
+def differences_of(script: str, world: int, folders: list[str], tmp_path: Path) -> dict[str, float]:
+    """What the ranks of a script report, by case."""
     meeting = str(tmp_path / "meeting")
     ranks = [
         subprocess.Popen(
-            [*command, str(rank), str(WORLD), meeting, *folders],
+            [sys.executable, str(Path(__file__).with_name(script)), str(rank), str(world), meeting, *folders],
             stdout=subprocess.PIPE,
             stderr=(tmp_path / f"rank-{rank}.log").open("wb"),
             env=os.environ | {"OMP_NUM_THREADS": "1"},
         )
-        for rank in range(WORLD)
+        for rank in range(world)
     ]
     try:
         output, _ = ranks[0].communicate(timeout=400)
@@ -44,9 +48,28 @@ def test_every_layout_of_four_ranks_gives_what_one_rank_gives(family_folder, tmp
         for rank in ranks:
             rank.kill()
     assert output, (tmp_path / "rank-0.log").read_text()[-3000:]
-    differences = json.loads(output)
+    return json.loads(output)
+
+
+def test_every_layout_of_four_ranks_gives_what_one_rank_gives(family_folder, tmp_path):
+    folders = [str(family_folder(name)) for name in FAMILIES]
+    differences = differences_of("ranks.py", WORLD, folders, tmp_path)
     assert set(differences) == {f"{name} {layout}" for name in FAMILIES for layout in ("2x2", "1x4")}
     assert {name: error for name, error in differences.items() if not error < TOLERANCE} == {}
+
+
+def test_a_picture_or_clip_decoded_in_bands_is_what_one_rank_decodes(family_folder, tmp_path):
+    folders = [str(family_folder(name)) for name in DECODED]
+    differences = differences_of("vae_ranks.py", 3, folders, tmp_path)
+    assert set(differences) == {f"{name} {shape}" for name in DECODED for shape in ("wide", "tall", "small")}
+    assert {name: error for name, error in differences.items() if not error < TOLERANCE} == {}
+
+
+@pytest.mark.parametrize("name", ["sana", "ltx", "cogvideox"])
+def test_a_vae_with_layers_that_are_not_known_is_not_split(name, family_folder):
+    with quiet():
+        vae = DiffusionPipeline.from_pretrained(family_folder(name)).vae
+    assert not can_split(vae)
 
 
 @pytest.mark.parametrize(

@@ -69,6 +69,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     variant: str | None
     device: str
     degrees: Degrees
+    split_vae: bool
     precisions: Precisions
     placement: Placement
     tuning: Tuning
@@ -128,6 +129,7 @@ class ServeConfig:
     ulysses_degree: int | None = setting(None, "devices that exchange heads; default: what the ring leaves")
     ring_degree: int | None = setting(None, "devices that pass keys and values around; default: 1")
     sp_degree: int | None = setting(None, "product of the two degrees above, for those who know it by that name")
+    vae_sp: bool = setting(True, "decode on all devices, each a band of the picture")
     # --- start
     warmup: bool = setting(True, "run one short generation before reporting ready")
     # --- LoRA
@@ -284,6 +286,7 @@ class ServeConfig:
             variant=self.variant,
             device=self.device,
             degrees=self.degrees,
+            split_vae=self.vae_sp,
             precisions=Precisions(
                 all=self.precision,
                 dit=self.dit_precision,

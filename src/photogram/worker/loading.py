@@ -30,8 +30,9 @@ from .long_prompts import read_in_chunks, reads_in_chunks
 from .lora.conversion import lora_modules
 from .lora.serving import ModuleServing
 from .modules import BigModule, big_modules, is_denoiser
+from .parallel.decoding import can_split
 from .parallel.leader import Group
-from .placement import is_offloaded, offload, place
+from .placement import is_offloaded, offload, place, set_up_vae
 from .residency import Visitors
 from .tuning.graphs import Graphs
 from .tuning.tune import tune
@@ -105,8 +106,10 @@ def load(config: WorkerConfig, say: Callable[[str], None], on_lost: Callable[[st
     return prepare(_from_folder(checkpoint, config, device), checkpoint, config, device, group)
 
 
-def load_denoisers(config: WorkerConfig, device: torch.device) -> dict[str, torch.nn.Module]:
-    """Load the networks of the configured model that its loop calls, by name: all that a follower runs.
+def load_for_follower(
+    config: WorkerConfig, device: torch.device
+) -> tuple[dict[str, torch.nn.Module], torch.nn.Module | None]:
+    """Load what a follower runs: the networks that the model's loop calls, by name, and the VAE where it is split.
 
     Raises ConfigError as `load` does.
     """
@@ -115,7 +118,8 @@ def load_denoisers(config: WorkerConfig, device: torch.device) -> dict[str, torc
     precisions = _precisions(checkpoint, config.precisions, device)
     found: dict[str, torch.nn.Module] = {}
     for name, entry in DiffusionPipeline.load_config(checkpoint.folder, local_files_only=True).items():
-        if not is_denoiser(name) or not isinstance(entry, list) or entry[0] is None:
+        is_wanted = is_denoiser(name) or (name == "vae" and config.split_vae)
+        if not is_wanted or not isinstance(entry, list) or entry[0] is None:
             continue
         with _as_config_error(config):
             network = getattr(diffusers, entry[1]).from_pretrained(
@@ -126,8 +130,17 @@ def load_denoisers(config: WorkerConfig, device: torch.device) -> dict[str, torc
                 use_safetensors=True,
                 local_files_only=True,
             )
-        found[name] = network.to(device).eval()
-    return found
+        if is_denoiser(name) or _splits_vae(network, config):
+            found[name] = network.to(device).eval()
+    vae = found.pop("vae", None)
+    if vae is not None:
+        set_up_vae(vae, config.placement)
+    return found, vae
+
+
+def _splits_vae(vae: torch.nn.Module | None, config: WorkerConfig) -> bool:
+    """Say whether all ranks decode, each its part. One that waits in host memory stays the leader's."""
+    return vae is not None and config.split_vae and not config.placement.vae_cpu_offload and can_split(vae)
 
 
 def prepare(
@@ -155,10 +168,12 @@ def prepare(
     )
     if config.step_cache == "first-block":
         _enable_step_cache(pipeline, config.step_cache_threshold)
+    vae = pipeline.components.get("vae")
+    decodes = group is not None and _splits_vae(vae, config)
     if group is not None:
-        group.shard(
-            {name: part for name, part in pipeline.components.items() if is_denoiser(name) and part is not None}
-        )
+        denoisers = {name: part for name, part in pipeline.components.items() if is_denoiser(name) and part is not None}
+        group.shard(denoisers, vae if decodes else None)
+        logger.info("the VAE decodes %s", "on all of them" if decodes else "on the first of them")
     networks = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
     tuned = tune(networks, frozenset(filter(is_denoiser, networks)), config.tuning, device)
     visiting = {name for name in pipeline.components if is_offloaded(name, config.placement) and device.type != "cpu"}
@@ -173,7 +188,7 @@ def prepare(
     for name in card.lora_modules:
         modules[name].loras = ModuleServing(name, modules[name].module, device)
     if group is not None:
-        group.take_over(modules)
+        group.take_over(modules, decodes=decodes)
     visitors = offload(modules, config.placement, device)
     runs_alone = any(changes_its_denoiser(type(one)) for one in by_use.values())
     for one in {id(one): one for one in by_use.values()}.values():

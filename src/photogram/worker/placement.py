@@ -21,9 +21,15 @@ def place(pipeline: DiffusionPipeline, placement: Placement, device: torch.devic
         if isinstance(component, torch.nn.Module) and not (device.type != "cpu" and is_offloaded(name, placement)):
             component.to(device)
     vae = pipeline.components.get("vae")
-    if placement.vae_tiling and vae is not None:
+    if vae is not None:
+        set_up_vae(vae, placement)
+
+
+def set_up_vae(vae: torch.nn.Module, placement: Placement) -> None:
+    """Have a VAE work in tiles and slices where so configured; every rank that decodes must do so alike."""
+    if placement.vae_tiling:
         vae.enable_tiling()
-    if placement.vae_slicing and vae is not None:
+    if placement.vae_slicing:
         vae.enable_slicing()
 
 

@@ -1,4 +1,4 @@
-"""A rank that is not the leader: a process with the denoisers alone, which runs the calls it is told to.
+"""A rank that is not the leader: a process with denoisers and VAE alone, which runs the calls it is told to.
 
 Started by the leader as ``python -m photogram.worker.parallel.follower FD`` with one end of a socket pair. It ends
 when the leader is gone.
@@ -16,11 +16,13 @@ from typing import Any, cast
 import torch
 
 from ...core.errors import ConfigError
-from ..loading import load_denoisers
+from ..loading import load_for_follower
+from ..modules import is_denoiser
 from ..process import configure_logging, end_with_parent
-from ..tuning.attention import choose_attention
+from ..tuning.tune import tune
 from .arguments import receive
 from .attention import Shares
+from .decoding import split_decoder
 from .lengths import Lengths
 from .mesh import Mesh, join, share_cores
 from .orders import Join, Link, Loaded, Order, Outcome, RunCall, shape_of
@@ -44,17 +46,20 @@ def main(arguments: list[str]) -> int:
         mesh = join(first.degrees, first.rank, device, Path(first.meeting_file))
         lengths = Lengths(mesh)
         try:
-            modules = load_denoisers(first.config, device)
+            modules, vae = load_for_follower(first.config, device)
             for module in modules.values():
                 shard(module, Shares(mesh, lengths))
+            if vae is not None:
+                split_decoder(vae, mesh, lengths)
+                modules["vae"] = vae
+            tuned = tune(modules, frozenset(filter(is_denoiser, modules)), first.config.tuning, device)
         except (ConfigError, RuntimeError) as error:
             link.send(Loaded(str(error)))
             return 2
         link.send(Loaded(None))
-        attention = choose_attention(first.config.tuning.attention_backend, device)
         while order := link.receive():
             assert isinstance(order, RunCall)
-            with attention.around_calls():
+            with tuned.attention.around_calls():
                 outcome = _run(order, modules, mesh, lengths)
             link.send(Outcome(order.number, outcome))
     return 0
@@ -67,11 +72,11 @@ def _run(order: RunCall, modules: dict[str, torch.nn.Module], mesh: Mesh, length
             if order.autocast is not None:
                 stack.enter_context(torch.autocast(mesh.device.type, dtype=getattr(torch, order.autocast)))
             lengths.begin(shape_of(order))
-            modules[order.module](*arguments["args"], **arguments["kwargs"])
+            getattr(modules[order.module], order.method)(*arguments["args"], **arguments["kwargs"])
             lengths.end()
     except Exception as error:
         # One call's border: whether it failed everywhere, and so for its job alone, is the leader's to judge.
-        logger.warning("a call of %s failed on rank %d: %s", order.module, mesh.rank, error)
+        logger.warning("%s.%s failed on rank %d: %s", order.module, order.method, mesh.rank, error)
         return f"{type(error).__name__}: {error}"
     return None
 

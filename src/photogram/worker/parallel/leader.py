@@ -1,4 +1,4 @@
-"""The leader's side: starts the other ranks, sends them each denoiser call, and runs its own share of it."""
+"""The leader's side: starts the other ranks, sends them the calls that all run, and runs its own share of each."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from ..memory import DeviceLost
 from ..modules import BigModule
 from .arguments import outline, send
 from .attention import Shares
+from .decoding import pays, split_decoder
 from .lengths import Lengths
 from .mesh import Mesh, join, share_cores
 from .orders import Join, Link, Loaded, Outcome, Reply, RunCall, shape_of
@@ -90,12 +91,17 @@ class Group:
     def _meeting_file(self) -> str:
         return str(Path(self._folder.name) / "meeting")
 
-    def shard(self, denoisers: dict[str, torch.nn.Module]) -> None:
-        """Meet the other ranks and split the leader's own denoisers. Raises ConfigError when a rank cannot load."""
+    def shard(self, denoisers: dict[str, torch.nn.Module], vae: torch.nn.Module | None) -> None:
+        """Meet the other ranks and split the leader's own denoisers and, where one is given, its VAE's decoder.
+
+        Raises ConfigError when a rank cannot load.
+        """
         self._mesh = join(self._degrees, 0, self._device, Path(self._meeting_file))
         self._lengths = Lengths(self._mesh)
         for denoiser in denoisers.values():
             shard(denoiser, Shares(self._mesh, self._lengths))
+        if vae is not None:
+            split_decoder(vae, self._mesh, self._lengths)
         for follower in self._followers:
             follower.loaded.wait()
             if follower.load_error is not None:
@@ -104,14 +110,25 @@ class Group:
             "%d ranks: Ulysses %d, ring %d", self._degrees.world_size, self._degrees.ulysses, self._degrees.ring
         )
 
-    def take_over(self, modules: Mapping[str, BigModule]) -> None:
-        """Run every denoiser call with all ranks from now on."""
+    def take_over(self, modules: Mapping[str, BigModule], *, decodes: bool) -> None:
+        """Run every denoiser call and, where the VAE `decodes` on all ranks, its too, with all of them from now on."""
         for name, module in modules.items():
             if module.is_denoiser:
-                module.real["forward"] = partial(self._run, name, module.real["forward"])
+                module.real["forward"] = partial(self._run, name, "forward", module.real["forward"])
+        if decodes:
+            vae = modules["vae"]
+            vae.real["decode"] = partial(self._decode, vae.real["decode"])
 
-    def _run(self, module: str, real: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Run a denoiser's forward on all ranks and return the whole result.
+    def _decode(self, real: Callable[..., Any], z: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Decode latents, on all ranks where they are large enough for that."""
+        if not pays(z, self._degrees.world_size):
+            return real(z, *args, **kwargs)
+        # Some pipelines pass their generator, which cannot be sent; of the decoders that are split none draws noise.
+        kwargs.pop("generator", None)
+        return self._run("vae", "decode", real, z, *args, **kwargs)
+
+    def _run(self, module: str, method: str, real: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run a network's method on all ranks and return the whole result.
 
         Raises what it raised, where it failed on every rank; DeviceLost where the ranks differ.
         """
@@ -122,9 +139,8 @@ class Group:
         self._number += 1
         device_type = self._device.type
         dtype = str(torch.get_autocast_dtype(device_type)).removeprefix("torch.")
-        order = RunCall(
-            self._number, module, arguments, dtype if torch.is_autocast_enabled(device_type) else None
-        )  # fmt: skip
+        autocast = dtype if torch.is_autocast_enabled(device_type) else None
+        order = RunCall(self._number, module, method, arguments, autocast)
         for follower in self._followers:
             follower.link.send(order)
         send(tensors, self._mesh)

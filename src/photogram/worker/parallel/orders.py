@@ -16,7 +16,7 @@ from .arguments import Outline
 
 
 class Join(msgspec.Struct, frozen=True, tag="join"):
-    """The first order: load the denoisers and meet the others through `meeting_file`."""
+    """The first order: load what all ranks run and meet the others through `meeting_file`."""
 
     config: WorkerConfig
     degrees: Degrees
@@ -26,17 +26,18 @@ class Join(msgspec.Struct, frozen=True, tag="join"):
 
 
 class RunCall(msgspec.Struct, frozen=True, tag="run"):
-    """Run a denoiser with everybody; its tensors follow by broadcast."""
+    """Run a network's method with everybody; its tensors follow by broadcast."""
 
     number: int
     module: str
+    method: str
     arguments: Outline
     autocast: str | None  # the precision of the leader's autocast, where it has one
 
 
 def shape_of(order: RunCall) -> bytes:
     """Return what determines the shape of everything inside a call: all of its arguments but the tensors' content."""
-    return order.module.encode() + b" " + msgspec.msgpack.encode(order.arguments)
+    return f"{order.module}.{order.method} ".encode() + msgspec.msgpack.encode(order.arguments)
 
 
 Order = Join | RunCall
@@ -45,7 +46,7 @@ Order = Join | RunCall
 
 
 class Loaded(msgspec.Struct, frozen=True, tag="loaded"):
-    """The denoisers are on the device; None, or why they are not."""
+    """All is on the device; None, or why it is not."""
 
     error: str | None
 

@@ -1,0 +1,54 @@
+"""One rank of a test group: ``python vae_ranks.py RANK WORLD MEETING_FILE FOLDER...`` compares what each VAE decodes
+with all ranks and alone, and prints the differences."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+
+from photogram.core.parallel import Degrees
+from photogram.worker.parallel.decoding import LEAST_ROWS, can_split, split_decoder
+from photogram.worker.parallel.lengths import Lengths
+from photogram.worker.parallel.mesh import arrange, meet
+
+
+def latents_of(vae: torch.nn.Module, *, rows: int, columns: int) -> torch.Tensor:
+    """Two pictures, or a clip of three latent frames."""
+    channels = vae.config.get("z_dim") or vae.config.latent_channels
+    is_clip = "temporal_compression_ratio" in vae.config or "temperal_downsample" in vae.config
+    shape = (1, channels, 3, rows, columns) if is_clip else (2, channels, rows, columns)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(3))
+
+
+def main(rank: int, world: int, meeting_file: str, folders: list[str]) -> None:
+    torch.set_num_threads(1)
+    device = torch.device("cpu")
+    meet(world, rank, device, Path(meeting_file))
+    mesh = arrange(Degrees(ulysses=world), rank, device)
+    differences = {}
+    longer = LEAST_ROWS * world + 1  # divides by nothing
+    with torch.inference_mode():
+        for folder in folders:
+            vae = DiffusionPipeline.from_pretrained(folder).vae
+            assert can_split(vae), type(vae).__name__
+            wide, tall = latents_of(vae, rows=4, columns=longer), latents_of(vae, rows=longer, columns=4)
+            cases = {"wide": wide, "tall": tall, "small": latents_of(vae, rows=4, columns=6)}
+            alone = {name: vae.decode(latents).sample for name, latents in cases.items()}
+            lengths = Lengths(mesh)
+            split_decoder(vae, mesh, lengths)
+            for name, latents in cases.items():
+                for _ in range(2):  # lengths are learned by the first
+                    lengths.begin(name)
+                    together = vae.decode(latents).sample
+                    lengths.end()
+                    error = float((together - alone[name]).abs().max() / alone[name].std())
+                    key = f"{Path(folder).name} {name}"
+                    differences[key] = max(error, differences.get(key, 0.0))
+    if rank == 0:
+        print(json.dumps(differences))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4:])
