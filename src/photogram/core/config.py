@@ -129,6 +129,7 @@ class ServeConfig:
     ulysses_degree: int | None = setting(None, "devices that exchange heads; default: what the ring leaves")
     ring_degree: int | None = setting(None, "devices that pass keys and values around; default: 1")
     sp_degree: int | None = setting(None, "product of the two degrees above, for those who know it by that name")
+    tp_size: int = setting(1, "devices that share each layer of the text encoder: 1, as the first device alone encodes")
     vae_sp: bool = setting(True, "decode on all devices, each a band of the picture")
     # --- start
     warmup: bool = setting(True, "run one short generation before reporting ready")
@@ -221,6 +222,11 @@ class ServeConfig:
         for name in ("compile", "cuda_graphs"):
             if getattr(self, name):
                 self._check_blocks_stand(f"--{name.replace('_', '-')}")
+        if self.tp_size != 1:
+            raise ConfigError(
+                f"--tp-size {self.tp_size}: must be 1, as the text encoder is on the first device alone "
+                "(--ulysses-degree and --ring-degree split the denoiser)."
+            )
         if self.public_url is not None and not re.match(r"https?://[^/]", self.public_url):
             raise ConfigError(f"--public-url '{self.public_url}': must start with http:// or https://.")
         if not 0 <= self.presigned_url_seconds <= 604_800:

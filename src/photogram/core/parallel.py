@@ -12,6 +12,8 @@ class Degrees(msgspec.Struct, frozen=True, kw_only=True):
 
     ulysses: int = 1
     ring: int = 1
+    is_chosen: bool = True
+    """False where only the number of devices is known: the worker fits the degrees to the model."""
 
     @property
     def world_size(self) -> int:
@@ -21,8 +23,7 @@ class Degrees(msgspec.Struct, frozen=True, kw_only=True):
 def resolve_degrees(*, num_gpus: int, ulysses: int | None, ring: int | None, sp: int | None) -> Degrees:
     """Fill in the degrees that were not given. Raises ConfigError, naming the flags, where they do not fit.
 
-    `sp`, the sequence-parallel degree, is the product of the other two. With the number of devices alone all of them
-    exchange heads, which moves the least data while there are heads enough.
+    `sp`, the sequence-parallel degree, is the product of the other two.
     """
     for flag, value in (
         ("--num-gpus", num_gpus), ("--ulysses-degree", ulysses), ("--ring-degree", ring), ("--sp-degree", sp)
@@ -32,8 +33,8 @@ def resolve_degrees(*, num_gpus: int, ulysses: int | None, ring: int | None, sp:
     if sp is not None and sp != num_gpus:
         raise ConfigError(f"--sp-degree {sp}: must be --num-gpus ({num_gpus}), over which the sequence is split.")
     if ulysses is None and ring is None:
-        ulysses, ring = num_gpus, 1
-    elif ulysses is None:
+        return Degrees(ulysses=num_gpus, is_chosen=num_gpus == 1)
+    if ulysses is None:
         ulysses = _rest(num_gpus, "--ring-degree", ring)
     elif ring is None:
         ring = _rest(num_gpus, "--ulysses-degree", ulysses)
@@ -45,6 +46,11 @@ def resolve_degrees(*, num_gpus: int, ulysses: int | None, ring: int | None, sp:
             f"must be --num-gpus ({num_gpus})."
         )
     return Degrees(ulysses=ulysses, ring=ring)
+
+
+def divisors(number: int) -> tuple[int, ...]:
+    """Return all divisors, ascending."""
+    return tuple(n for n in range(1, number + 1) if number % n == 0)
 
 
 def _rest(num_gpus: int, flag: str, degree: int | None) -> int:

@@ -31,6 +31,7 @@ from .lora.conversion import lora_modules
 from .lora.serving import ModuleServing
 from .modules import BigModule, big_modules, is_denoiser
 from .parallel.decoding import can_split
+from .parallel.fitting import fit
 from .parallel.leader import Group
 from .placement import is_offloaded, offload, place, set_up_vae
 from .residency import Visitors
@@ -101,6 +102,7 @@ def load(config: WorkerConfig, say: Callable[[str], None], on_lost: Callable[[st
     device = choose_device(config.device)
     say(f"finding {config.model_path}")
     checkpoint = find_checkpoint(config.model_path, revision=config.revision, variant=config.variant)
+    config = msgspec.structs.replace(config, degrees=fit(config.degrees, checkpoint))
     group = Group(config, device, on_lost) if config.degrees.world_size > 1 else None
     say(f"loading {checkpoint.name} ({checkpoint.pipeline_class})")
     return prepare(_from_folder(checkpoint, config, device), checkpoint, config, device, group)

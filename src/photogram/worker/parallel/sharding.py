@@ -7,6 +7,7 @@ diffusers' own code refuses lengths that do not divide and has no attention with
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,31 +16,34 @@ from diffusers.hooks.context_parallel import ContextParallelGatherHook, ContextP
 from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 
-from ...core.errors import ConfigError
 from .attention import Shares, attend
 from .plans import OWN_PLANS, Plan
 
 _native_attention = _AttentionBackendRegistry._backends[AttentionBackendName.NATIVE]
 
 
-def can_shard(denoiser: torch.nn.Module) -> bool:
-    """Say whether there is a table of what to split for this class."""
-    return _plan(denoiser) is not None
+def plan_of(network: type) -> Plan | None:
+    """Return how networks of a class are split, or None where nothing is known of it."""
+    own = OWN_PLANS.get(network.__name__)
+    if own is not None:
+        return own
+    edges = vars(network).get("_cp_plan")
+    return None if edges is None else Plan(edges=edges)
+
+
+def num_heads(config: Mapping[str, Any]) -> int | None:
+    """Return the number of attention heads by a denoiser's configuration, where it says."""
+    heads = config.get("num_attention_heads", config.get("n_heads"))
+    return heads if isinstance(heads, int) else None
 
 
 def shard(denoiser: torch.nn.Module, shares: Shares) -> None:
     """Make a denoiser run sharded from now on. To be called on every rank, before its methods are wrapped.
 
-    Raises ConfigError for a class that nothing is known of and for heads that do not divide.
+    `fitting` has seen to it that there is a plan and that its heads divide.
     """
-    plan = _plan(denoiser)
-    name = type(denoiser).__name__
-    if plan is None:
-        raise ConfigError(f"--num-gpus: {name} cannot be split over several devices (diffusers has no plan for it).")
-    heads, ulysses = _num_heads(denoiser), shares.mesh.degrees.ulysses
-    if heads is not None and heads % ulysses:
-        fitting = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
-        raise ConfigError(f"--ulysses-degree {ulysses}: {name} has {heads} heads, which divide by {fitting}.")
+    plan = plan_of(type(denoiser))
+    assert plan is not None, type(denoiser).__name__
     _AttentionBackendRegistry._backends[AttentionBackendName.NATIVE] = _attention
     for path, module in denoiser.named_modules():
         if path.split(".")[0] not in plan.whole:
@@ -60,14 +64,6 @@ def _split_attention(module: torch.nn.Module, plan: Plan, shares: Shares) -> Non
         processor._parallel_config = shares
 
 
-def _plan(denoiser: torch.nn.Module) -> Plan | None:
-    own = OWN_PLANS.get(type(denoiser).__name__)
-    if own is not None:
-        return own
-    edges = vars(type(denoiser)).get("_cp_plan")
-    return None if edges is None else Plan(edges=edges)
-
-
 def _found(model: torch.nn.Module, path: str) -> list[torch.nn.Module]:
     """The submodules at a plan's path."""
     found = [model]
@@ -79,12 +75,6 @@ def _found(model: torch.nn.Module, path: str) -> list[torch.nn.Module]:
         else:
             found = [one.get_submodule(name) for one in found]
     return found
-
-
-def _num_heads(denoiser: torch.nn.Module) -> int | None:
-    config = denoiser.config
-    heads = config.get("num_attention_heads", config.get("n_heads"))
-    return heads if isinstance(heads, int) else None
 
 
 def _outputs(entry: Any) -> list[Any]:

@@ -1,0 +1,74 @@
+"""How a model is split where that was left open, and what is refused before anything is loaded."""
+
+import json
+import shutil
+
+import pytest
+
+from photogram.core.config import ServeConfig
+from photogram.core.errors import ConfigError
+from photogram.core.parallel import Degrees, resolve_degrees
+from photogram.models.checkpoint import Checkpoint, find_checkpoint
+from photogram.worker.parallel.fitting import fit
+
+
+def only(num_gpus: int) -> Degrees:
+    """What `--num-gpus` alone says."""
+    return resolve_degrees(num_gpus=num_gpus, ulysses=None, ring=None, sp=None)
+
+
+@pytest.fixture
+def with_heads(family_folder, tmp_path):
+    """Return the checkpoint of a family with another number of heads in its denoiser's configuration."""
+
+    def make(name: str, key: str, heads: int) -> Checkpoint:
+        folder = shutil.copytree(family_folder(name), tmp_path / f"{name}-{heads}")
+        path = folder / "transformer" / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {key: heads}))
+        return find_checkpoint(str(folder), revision=None, variant=None)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("heads", "num_gpus", "expected"),
+    [
+        (24, 2, Degrees(ulysses=2)),
+        (24, 8, Degrees(ulysses=8)),
+        (30, 4, Degrees(ulysses=2, ring=2)),
+        (30, 8, Degrees(ulysses=2, ring=4)),
+        (5, 4, Degrees(ulysses=1, ring=4)),
+    ],
+)
+def test_as_many_devices_exchange_heads_as_divide_them(with_heads, heads, num_gpus, expected):
+    assert fit(only(num_gpus), with_heads("z-image", "n_heads", heads)) == expected
+    assert fit(only(num_gpus), with_heads("wan-2.1", "num_attention_heads", heads)) == expected
+
+
+def test_one_device_needs_no_plan(family_folder):
+    unet = find_checkpoint(str(family_folder("stable-diffusion-xl")), revision=None, variant=None)
+    assert fit(only(1), unet) == Degrees()
+
+
+def test_a_degree_that_does_not_divide_the_heads_is_refused_with_those_that_do(with_heads):
+    checkpoint = with_heads("z-image", "n_heads", 30)
+    with pytest.raises(ConfigError) as refused:
+        fit(Degrees(ulysses=4, ring=2), checkpoint)
+    assert str(refused.value) == (
+        "--ulysses-degree 4: ZImageTransformer2DModel has 30 heads, which do not divide by it. "
+        "With 8 devices: 1, 2, and --ring-degree for the rest."
+    )
+    assert fit(Degrees(ulysses=2, ring=4), checkpoint) == Degrees(ulysses=2, ring=4)
+
+
+@pytest.mark.parametrize("name", ["stable-diffusion-xl", "sana"])
+def test_a_model_that_cannot_be_split_is_refused_before_it_is_loaded(name, family_folder):
+    checkpoint = find_checkpoint(str(family_folder(name)), revision=None, variant=None)
+    with pytest.raises(ConfigError, match="cannot be split over several devices"):
+        fit(only(2), checkpoint)
+
+
+def test_the_text_encoder_is_on_one_device_whatever_is_asked_for():
+    assert ServeConfig(tp_size=1).tp_size == 1
+    with pytest.raises(ConfigError, match="--tp-size 2: must be 1"):
+        ServeConfig(tp_size=2)
