@@ -1,6 +1,7 @@
 """A host that ends itself by `kill -9` at a chosen passage of a chosen point of a job's life.
 
-``python -m kills.host PORT DATA_DIR POINT PASSAGE``; with the point ``none`` it goes on until somebody else kills it.
+``python -m kills.host PORT DATA_DIR POINT PASSAGE [MODEL]``; with the point ``none`` it goes on until somebody else
+kills it. With a model the worker is the real one, else a stand-in.
 """
 
 from __future__ import annotations
@@ -11,16 +12,21 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from photogram.core.config import ServeConfig
 from photogram.engine.worker_engine import WorkerEngine
+from photogram.engine.worker_process import WORKER_COMMAND
 from photogram.jobs.store import JobStore
 from photogram.media import pool
 from photogram.server.attendant import Attendant
 from photogram.server.live import LiveJob
 from photogram.server.run import serve
 from photogram.storage import local
+
+NOBODY = "127.0.0.1:9"
+"""Where a webhook may be, but nobody listens: events stay in the outbox to be counted."""
 
 POINTS = (
     "accepting",  # before the row is committed
@@ -39,8 +45,11 @@ def main() -> None:
     port, data_dir, point, passage = int(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4])
     if point != "none":
         arm(point, passage)
-    config = ServeConfig(port=port, data_dir=data_dir, log_level="warning")
-    command = (sys.executable, "-m", "kills.stand_in_worker")
+    config = ServeConfig(port=port, data_dir=data_dir, log_level="warning", allow_url_host=(NOBODY,))
+    command: tuple[str, ...] = (sys.executable, "-m", "kills.stand_in_worker")
+    if sys.argv[5:]:
+        config = replace(config, model_path=sys.argv[5], warmup=False)
+        command = WORKER_COMMAND
     asyncio.run(serve(config, lambda config, folder: WorkerEngine(config, folder, worker_command=command)))
 
 
@@ -55,7 +64,7 @@ def arm(point: str, passage: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     create, move, put = JobStore.create, JobStore.move, local.LocalStorage._put
-    submit, step, encode, write = Attendant._submit, LiveJob.step, pool.encode_image, local._write
+    submit, step, write = Attendant._submit, LiveJob.step, local._write
 
     async def dying_create(store, records):
         if point == "accepting":
@@ -78,9 +87,12 @@ def arm(point: str, passage: int) -> None:
         path.unlink()
         write(path, data)
 
-    def dying_encode(*arguments):
-        die()
-        return encode(*arguments)
+    def before(function: Callable) -> Callable:
+        def passing(*arguments):
+            die()
+            return function(*arguments)
+
+        return passing
 
     def after(function: Callable, name: str) -> Callable:
         def passing(*arguments, **known):
@@ -97,7 +109,7 @@ def arm(point: str, passage: int) -> None:
     LiveJob.step = after(step, "step")
     local.LocalStorage._put = after(put, "published")
     if point == "encoding":
-        pool.encode_image = dying_encode
+        pool.encode_image, pool.encode_mp4 = before(pool.encode_image), before(pool.encode_mp4)
     if point == "publishing":
         local._write = dying_write
 

@@ -32,6 +32,7 @@ from photogram.core.messages import (
 )
 from photogram.core.request import GenerateRequest
 from photogram.core.wire import HEADER_BYTES, body_length, pack, to_worker
+from photogram.worker.parent import end_with_parent
 
 STEP_S = 0.004
 
@@ -67,6 +68,7 @@ def read_into(inbox: queue.SimpleQueue, connection: socket.socket) -> None:
 
 
 def main(path: str) -> None:
+    end_with_parent()
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     connection.connect(path)
     inbox: queue.SimpleQueue = queue.SimpleQueue()

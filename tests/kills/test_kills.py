@@ -8,31 +8,22 @@ from __future__ import annotations
 import base64
 import contextlib
 import io
-import os
 import random
-import signal
-import sqlite3
 import subprocess
-import sys
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
 import numpy as np
-import psutil
 import pytest
 from PIL import Image
 
-from photogram.engine.frames_folder import SHARED_MEMORY
-from running import free_port
-
 from .host import POINTS
-
-TESTS = Path(__file__).parents[1]
-FINAL = {"completed", "failed", "cancelled"}
+from .host_process import Host, wait_for_the_end_of_all
+from .rows import FINAL, Rows, check_nothing_is_left_over, unfinished
 
 
 @dataclass
@@ -62,58 +53,6 @@ class Asked:
                 self.told = told
             elif answer.status_code != 503:  # while it loads
                 self.failure = answer.json()["error"]["code"]
-
-
-@dataclass
-class Rows:
-    """What the store said after each kill: nothing that was in it may go, nothing final may change."""
-
-    states: dict[str, str] = field(default_factory=dict)
-
-    def read(self, data: Path) -> list[sqlite3.Row]:
-        path = data / "jobs.sqlite3"
-        if not path.exists():
-            return []
-        with contextlib.closing(sqlite3.connect(path)) as connection:
-            connection.row_factory = sqlite3.Row
-            try:
-                rows = connection.execute("SELECT * FROM jobs ORDER BY position").fetchall()
-            except sqlite3.OperationalError:
-                return []  # killed before the tables were made
-        now = {row["job_id"]: row["state"] for row in rows}
-        for job_id, state in self.states.items():
-            assert job_id in now, f"{job_id} is lost"
-            if state in FINAL:
-                assert now[job_id] == state, f"{job_id} was {state} and is {now[job_id]}"
-        self.states = now
-        return rows
-
-
-class Host:
-    def __init__(self, data: Path, point: str = "none", passage: int = 1) -> None:
-        self.port = free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
-        paths = os.pathsep.join([str(TESTS), str(TESTS.parent / "src")])
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "kills.host", str(self.port), str(data), point, str(passage)],
-            env={**os.environ, "PYTHONPATH": paths},
-        )
-        deadline = time.monotonic() + 60
-        while self.process.poll() is None and time.monotonic() < deadline:
-            with contextlib.suppress(httpx.TransportError):
-                if httpx.get(f"{self.url}/ready", timeout=5).status_code == 200:
-                    return
-            time.sleep(0.02)
-        # Dead already is fine: it took up what the last one left.
-        assert self.process.poll() is not None, "the server is not ready after a minute"
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
-
-    def stop(self) -> None:
-        self.process.send_signal(signal.SIGTERM)
-        assert self.process.wait(60) == 0
 
 
 def _picture() -> bytes:
@@ -152,17 +91,17 @@ def kill_again_and_again(data: Path, num_kills: int, draw: random.Random) -> Cou
                 time.sleep(draw.uniform(0, 0.3))
             else:
                 # Until it has ended itself, or the point is not passed so often.
-                while host.process.poll() is None and not all(each.done() for each in asking):
+                while host.is_alive and not all(each.done() for each in asking):
                     time.sleep(0.005)
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     host.process.wait(0.1)
-            by_itself = host.process.poll() is not None
+            by_itself = not host.is_alive
             host.kill()
             for each in asking:
                 each.result()
         found = rows.read(data)
-        unfinished = Counter(row["state"] for row in found if row["state"] not in FINAL)
-        fell[point if by_itself else f"any ({', '.join(sorted(unfinished)) or 'idle'})"] += 1
+        fell[point if by_itself else f"any ({unfinished(found)})"] += 1
+        wait_for_the_end_of_all(data)
     check_all(data, every, rows)
     return fell
 
@@ -188,21 +127,12 @@ def check_all(data: Path, every: list[Asked], rows: Rows) -> None:
             assert pixels == _expected(one.seed), "another picture than the seed's"
         elif one.key is not None:
             assert one.failure == "interrupted", one
-    files = {path.name for path in (data / "files").rglob("*") if path.is_file()}
-    assert files == {row["file_key"] for row in table if row["state"] == "completed"}
     for row in table:
-        assert row["state"] in FINAL
-        if row["state"] == "completed":
-            assert row["file_bytes"] == next((data / "files").rglob(row["file_key"])).stat().st_size
         if row["state"] == "failed":
             assert row["error_code"] == "interrupted"
             assert row["idempotency_key"] is None or row["interruptions"] == 5
-    inputs = data / "inputs"
-    assert not inputs.exists() or list(inputs.iterdir()) == []
-    alive = [f"-{os.getuid()}-{pid}-" for pid in psutil.pids()]
-    frames = [path.name for path in SHARED_MEMORY.glob(f"photogram-{os.getuid()}-*")]
-    assert [name for name in frames if not any(mark in name for mark in alive)] == []
-    assert not [each for each in psutil.process_iter(["cmdline"]) if str(data) in " ".join(each.info["cmdline"] or [])]
+    wait_for_the_end_of_all(data)
+    check_nothing_is_left_over(data, table)
 
 
 def told(fell: Counter[str]) -> str:

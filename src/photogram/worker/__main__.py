@@ -2,6 +2,15 @@
 
 import sys
 
-from .main import main
+from .parent import end_with_parent
 
-sys.exit(main(sys.argv[1:]))
+
+def run() -> int:
+    # Before torch is imported, which takes seconds in which a host may die.
+    end_with_parent()
+    from .main import main
+
+    return main(sys.argv[1:])
+
+
+sys.exit(run())

@@ -36,7 +36,7 @@ from ..core.messages import (
 from ..core.wire import HEADER_BYTES, body_length, pack, to_worker
 from .loading import load
 from .memory import DeviceLost, limit_memory
-from .process import configure_logging, end_with_parent
+from .process import configure_logging
 from .warmup import warm_up
 from .worker import Worker
 
@@ -70,7 +70,6 @@ class HostLink:
 
 def main(arguments: list[str]) -> int:
     """Serve the host at the socket path given; return the exit code."""
-    end_with_parent()
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     connection.connect(arguments[0])
     link = HostLink(connection)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
-import signal
 import sys
 
 from diffusers.utils import logging as diffusers_logging
@@ -12,13 +10,6 @@ from huggingface_hub import utils as hub
 from transformers.utils import logging as transformers_logging
 
 from ..core.config import WorkerConfig
-
-
-def end_with_parent() -> None:
-    """Ask the kernel to kill this process when the host dies: in mid-call the closed socket would not be seen."""
-    if sys.platform == "linux":
-        set_death_signal = 1  # PR_SET_PDEATHSIG
-        ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL)
 
 
 def configure_logging(config: WorkerConfig, name: str) -> None:

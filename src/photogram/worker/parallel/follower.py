@@ -18,7 +18,8 @@ import torch
 from ...core.errors import ConfigError
 from ..loading import load_for_follower
 from ..modules import is_denoiser
-from ..process import configure_logging, end_with_parent
+from ..parent import end_with_parent
+from ..process import configure_logging
 from ..tuning.tune import tune
 from .arguments import receive
 from .attention import Shares
