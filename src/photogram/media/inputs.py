@@ -60,12 +60,13 @@ def read_mask(source: IO[bytes] | Path, size: tuple[int, int], *, max_pixels: in
 def keep_outside(picture_HWC: Picture, original: Path, mask: Path) -> Picture:
     """Return the picture with the original's pixels wherever the mask (255: edited) does not say otherwise.
 
-    Original and mask are brought to the picture's size.
+    Original and mask are brought to the picture's size as the worker brings them: in their own aspect, so that they
+    just cover it, and cropped evenly.
     """
     height, width, _ = picture_HWC.shape
     with Image.open(original) as base, Image.open(mask) as edited:
-        kept = base.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
-        where = edited.convert("L").resize((width, height), Image.Resampling.BILINEAR)
+        kept = ImageOps.fit(base.convert("RGB"), (width, height), Image.Resampling.LANCZOS)
+        where = ImageOps.fit(edited.convert("L"), (width, height), Image.Resampling.BILINEAR)
     return np.asarray(Image.composite(Image.fromarray(picture_HWC).convert("RGB"), kept, where))
 
 

@@ -121,5 +121,8 @@ NEEDS_IMAGE = frozenset(
 )
 """Pipelines that cannot do without an input image though their signature says it may be left out."""
 
+REFERENCES_AS_GIVEN = frozenset({"Flux2Pipeline", "Flux2KleinPipeline"})
+"""Pipelines that look at an edit's pictures as large as they come; Kontext's and Qwen's bring them to a megapixel."""
+
 CHANGES_ITS_DENOISER = ("set_attn_processor", "attn_processors", "register_forward_hook")
 """A pipeline whose own code says one of these changes the shared denoiser while it runs: its jobs run one by one."""

@@ -9,12 +9,15 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
+from PIL import Image
 
+from ..core.card import ModelCard
 from ..core.errors import GenerationFailed
 from ..core.request import GenerateRequest
 from ..models.derive import EDIT_STRENGTH, guidance_parameter
+from ..models.families import REFERENCES_AS_GIVEN
 from ..models.uses import Route
-from .inputs import fitted, open_clip, open_mask, open_picture
+from .inputs import as_reference, fitted, open_clip, open_mask, open_picture
 
 INPAINT_STRENGTH = 1.0
 """Of the masked part, where the request names none: nothing of what was there stays."""
@@ -29,7 +32,9 @@ def strength_of(request: GenerateRequest) -> float:
     return EDIT_STRENGTH if request.video is None else CLIP_STRENGTH
 
 
-def call_arguments(pipeline: DiffusionPipeline, route: Route, request: GenerateRequest) -> dict[str, Any]:
+def call_arguments(
+    pipeline: DiffusionPipeline, route: Route, request: GenerateRequest, card: ModelCard
+) -> dict[str, Any]:
     """Return the keyword arguments of one job; only those its pipeline has, with a generator of the job's own.
 
     The generator is the CPU's whatever the device, so that a seed gives the same noise everywhere.
@@ -56,12 +61,15 @@ def call_arguments(pipeline: DiffusionPipeline, route: Route, request: GenerateR
         arguments["num_frames"] = request.num_frames
     if request.fps is not None:
         arguments["frame_rate"] = request.fps
-    arguments |= request.extra | _given(route, request)
+    arguments |= request.extra | _given(pipeline, route, request, card)
     return {name: value for name, value in arguments.items() if name in parameters}
 
 
-def _given(route: Route, request: GenerateRequest) -> dict[str, Any]:
-    """The pictures or the clip as the route's use takes them; those that are drawn over come at the drawn size."""
+def _given(pipeline: DiffusionPipeline, route: Route, request: GenerateRequest, card: ModelCard) -> dict[str, Any]:
+    """The pictures or the clip as the route's use takes them; those that are drawn over come at the drawn size.
+
+    Raises ValueError for a picture that the pipeline looks at in no case.
+    """
     size = (request.width, request.height)
     match route.use:
         case "clip":
@@ -74,8 +82,25 @@ def _given(route: Route, request: GenerateRequest) -> dict[str, Any]:
             return {"image": picture, "mask_image": mask, "strength": strength}
     if route.reference_images:
         images = [open_picture(path) for path in request.images]
+        if card.pipeline_class in REFERENCES_AS_GIVEN:
+            images = _references(pipeline, route, request, card, images)
         return {"image": images[0] if len(images) == 1 else images}
     return {}
+
+
+def _references(
+    pipeline: DiffusionPipeline, route: Route, request: GenerateRequest, card: ModelCard, images: list[Image.Image]
+) -> list[Image.Image]:
+    """An edit's pictures at the size to look at, for a pipeline that leaves that to its caller."""
+    if card.max_native_pixels is not None:
+        size = (request.width, request.height)
+        # What a mask keeps is the first picture as it lies in the drawing, so it is looked at lying there.
+        kept = [fitted(images.pop(0), *size)] if route.keeps_outside else []
+        images = kept + [as_reference(image, *size, card.size_multiple) for image in images]
+    for image in images:
+        # The pipeline would do so itself, once the prompt has been encoded.
+        pipeline.image_processor.check_image_input(image)
+    return images
 
 
 def for_two_prompts(arguments: Mapping[str, Any]) -> list[dict[str, Any]]:

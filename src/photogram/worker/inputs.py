@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,9 @@ from ..core.errors import RequestError
 from ..core.request import GenerateRequest
 
 # F frames, H/W height and width in pixels, C channels (RGB)
+
+MIN_REFERENCE_SIDE = 64
+"""Pixels; FLUX.2's pipelines look at nothing smaller."""
 
 
 def open_picture(path: str) -> Image.Image:
@@ -30,6 +34,20 @@ def fitted(
     left, top = (picture.width - seen_width) / 2, (picture.height - seen_height) / 2
     box = (left, top, left + seen_width, top + seen_height)
     return picture.resize((width, height), resampling, box=box)
+
+
+def as_reference(picture: Image.Image, width: int, height: int, multiple: int) -> Image.Image:
+    """Return a picture to look at, in its own aspect with as many pixels as are drawn, enlarged or reduced.
+
+    A model with a native pixel count knows a thing by its size: a reference of four times the pixels that it draws
+    shows it things twice as large as its own. Each side becomes the multiple of `multiple` that is nearest, and where
+    one would be under MIN_REFERENCE_SIDE the whole picture is larger.
+    """
+    scale = math.sqrt(width * height / (picture.width * picture.height))
+    scale = max(scale, MIN_REFERENCE_SIDE / min(picture.size))
+    shortest = math.ceil(MIN_REFERENCE_SIDE / multiple) * multiple
+    sides = (max(shortest, round(side * scale / multiple) * multiple) for side in picture.size)
+    return fitted(picture, *sides)
 
 
 def open_mask(path: str, width: int, height: int) -> Image.Image:

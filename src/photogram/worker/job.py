@@ -80,7 +80,7 @@ class Job:
         self.answers = Answers() if request.partial_images else None
         self.route = served.route(request)
         self.pipeline = served.for_job(request)
-        self.arguments = call_arguments(self.pipeline, self.route, request)
+        self.arguments = call_arguments(self.pipeline, self.route, request, served.card)
         self.watch = SolverWatch(self.pipeline, num_estimates=request.partial_images)
         self.fiber = Fiber(self._run, loras)
 
@@ -108,7 +108,7 @@ def replay(job: Job, served: ServedPipeline, estimate: torch.Tensor) -> Any:
     """
     pipeline = served.for_job(job.request)
     EstimateSolver(pipeline, estimate)
-    arguments = call_arguments(pipeline, job.route, job.request)
+    arguments = call_arguments(pipeline, job.route, job.request, served.card)
     fiber = Fiber(lambda: pipeline(**arguments), job.loras)
     num_encoded = num_denoised = 0
     outcome = fiber.resume()
