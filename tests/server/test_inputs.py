@@ -14,6 +14,7 @@ from PIL import Image
 
 from net.web import Web, endless, lead_to, say
 from photogram.jobs import inputs as input_folders
+from photogram.server.edits import VARIATION_STRENGTH
 
 from .conftest import wait_until
 from .fake_engine import image_card
@@ -245,4 +246,26 @@ def test_variations_need_no_prompt_and_begin_at_the_picture(deploy):
     server = deploy(card=image_card(takes_strength=True))
     answer = server.client().images.create_variation(image=png(), n=2, response_format="b64_json")
     assert len(answer.data) == 2
-    assert {(request.prompt, request.strength) for request in server.engine.seen.values()} == {("", 0.7)}
+    assert {(request.prompt, request.strength) for request in server.engine.seen.values()} == {("", VARIATION_STRENGTH)}
+
+
+def edit_with_fidelity(server, form: str, fidelity: str):
+    fields = {"prompt": "a cat", "input_fidelity": fidelity}
+    if form == "json":
+        url = "data:image/png;base64," + base64.b64encode(png()).decode()
+        return server.post(EDITS, json=fields | {"image": url})
+    return server.post(EDITS, data=fields, files={"image": ("a.png", png())})
+
+
+@pytest.mark.parametrize("form", ["multipart", "json"])
+def test_input_fidelity_is_read_from_forms_and_json(deploy, form):
+    server = deploy(card=image_card(tasks=("T2I", "I2I"), takes_strength=True, edit_strength=0.7))
+    answer = edit_with_fidelity(server, form, "high")
+    assert "x-photogram-ignored" not in answer.headers
+    assert server.engine.seen[answer.json()["data"][0]["id"]].strength == pytest.approx(0.49)
+    assert error_of(edit_with_fidelity(server, form, "medium")) == (400, "input_fidelity", "invalid_value")
+
+
+@pytest.mark.parametrize("form", ["multipart", "json"])
+def test_input_fidelity_is_named_where_the_model_edits_in_its_own_way(server, form):
+    assert edit_with_fidelity(server, form, "high").headers["x-photogram-ignored"] == "input_fidelity"

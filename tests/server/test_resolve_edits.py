@@ -6,6 +6,7 @@ import pytest
 
 from photogram.core.config import ServeConfig
 from photogram.core.errors import RequestError
+from photogram.server.edits import VARIATION_STRENGTH
 from photogram.server.inputs import Inputs
 from photogram.server.resolve import Resolver
 from photogram.server.sizes import Size
@@ -43,6 +44,46 @@ def test_strength_out_of_bounds_is_refused(strength):
     with pytest.raises(RequestError) as refused:
         resolved(EDITS, strength=strength)
     assert refused.value.param == "strength"
+
+
+def test_high_fidelity_keeps_more_of_the_picture_where_edits_go_by_strength():
+    request, _, ignored = resolved(REDRAWS, input_fidelity="high")
+    assert (request.strength, ignored) == (pytest.approx(0.49), ())
+    request, _, ignored = resolved(REDRAWS, input_fidelity="LOW")
+    assert (request.strength, ignored) == (0.7, ())
+
+
+@pytest.mark.parametrize(
+    ("card", "fields", "strength"),
+    [
+        (REDRAWS, {"strength": 0.9}, 0.9),  # the number wins
+        (REDRAWS, {"mask": True}, None),  # what lies under a mask is drawn from nothing
+        (EDITS, {}, None),
+        (NEITHER, {}, None),
+    ],
+)
+@pytest.mark.parametrize("fidelity", ["low", "high"])
+def test_fidelity_without_effect_is_named_as_ignored(card, fields, strength, fidelity):
+    request, _, ignored = resolved(card, input_fidelity=fidelity, **fields)
+    assert (request.strength, ignored) == (strength, ("input_fidelity",))
+
+
+@pytest.mark.parametrize("fidelity", ["medium", 1, True])
+def test_fidelity_that_is_neither_low_nor_high_is_refused(fidelity):
+    with pytest.raises(RequestError) as refused:
+        resolved(REDRAWS, input_fidelity=fidelity)
+    assert refused.value.param == "input_fidelity"
+
+
+def test_variations_go_less_far_with_high_fidelity_and_as_far_as_a_strength_says():
+    def varied(**fields):
+        inputs = Inputs(folder=Path("in"), paths=(Path("in/0.png"),), first=Size(64, 48))
+        call = Resolver(config=ServeConfig()).images(fields, EDITS, "owner", inputs, is_variation=True)
+        return call.drawings[0].request.strength, call.ignored
+
+    assert varied() == varied(input_fidelity="low") == (VARIATION_STRENGTH, ())
+    assert varied(input_fidelity="high") == (pytest.approx(0.35), ())
+    assert varied(input_fidelity="high", strength=0.8) == (0.8, ("input_fidelity",))
 
 
 def test_mask_goes_to_the_worker_where_the_model_takes_one_and_to_the_file_always():

@@ -1,4 +1,4 @@
-"""What a model makes of input pictures: which task, how many, and at which size."""
+"""What a model makes of input pictures: which task, how many, how far from them, and at which size."""
 
 from __future__ import annotations
 
@@ -7,13 +7,18 @@ import math
 from ..core.card import ModelCard
 from ..core.errors import RequestError
 from ..core.request import Task
+from .fields import Values
+from .inputs import Inputs
 from .sizes import Size
 
 EDIT_TASKS: tuple[Task, ...] = ("TI2I", "I2I")
 
+VARIATION_STRENGTH = 0.5
+"""Of a variation that names none: what the picture shows stays, and how it is drawn does not. Without a prompt nothing
+else tells the model what to draw: beyond 0.5, colours and shapes become others."""
 
-VARIATION_STRENGTH = 0.7
-"""Of a variation that names none: the picture's layout stays and its details do not."""
+HIGH_FIDELITY = 0.7
+"""What `input_fidelity` high leaves of a default strength."""
 
 
 def edit_task(card: ModelCard, num_images: int) -> Task:
@@ -28,15 +33,40 @@ def edit_task(card: ModelCard, num_images: int) -> Task:
     return task
 
 
-def variation_strength(asked: float | None, card: ModelCard) -> float:
-    """Return the strength at which a picture is varied. Raises RequestError where the model cannot begin at one."""
+def variation_strength(values: Values, card: ModelCard, ignored: list[str]) -> float | None:
+    """Return the strength at which a picture is varied. Raises RequestError where the model cannot begin at one.
+
+    As of an edit, what has no effect goes to `ignored`.
+    """
     if not card.takes_strength:
         raise RequestError(
             f"Model '{card.name}' cannot begin at a picture, and so makes no variations.",
             param="image",
             code="unsupported_by_model",
         )
-    return VARIATION_STRENGTH if asked is None else asked
+    return _strength(values.float("strength"), VARIATION_STRENGTH, values.text("input_fidelity"), ignored)
+
+
+def edit_strength(values: Values, card: ModelCard, inputs: Inputs | None, ignored: list[str]) -> float | None:
+    """Return how far an edit may go from the picture; None where the model edits in its own way.
+
+    What says so and has no effect goes to `ignored`; without `inputs` that is all of it.
+    """
+    asked = values.float("strength")
+    if asked is not None and (inputs is None or not card.takes_strength):
+        ignored.append("strength")
+        asked = None
+    # What lies under a mask is drawn anew, from nothing.
+    default = card.edit_strength if inputs is not None and inputs.mask is None else None
+    return _strength(asked, default, values.text("input_fidelity"), ignored)
+
+
+def _strength(asked: float | None, default: float | None, fidelity: str | None, ignored: list[str]) -> float | None:
+    if asked is not None or default is None:
+        if fidelity is not None:
+            ignored.append("input_fidelity")
+        return asked
+    return round(default * HIGH_FIDELITY, 3) if fidelity == "high" else default
 
 
 def like(first: Size, card: ModelCard) -> str:

@@ -22,7 +22,7 @@ from ..media.image_file import check_side
 from ..media.quality import resolve_quality
 from .beginnings import Beginning, clip_task
 from .clip_schemas import clip_fields, webhook_url
-from .edits import edit_task, like, variation_strength
+from .edits import edit_strength, edit_task, like, variation_strength
 from .fields import MAX_INT, Field, Values, coerce, read, shown
 from .inputs import Inputs
 from .lengths import Length, clip_length
@@ -141,9 +141,9 @@ class Resolver:
             images=() if inputs is None else tuple(map(str, inputs.paths)),
             mask=str(inputs.mask) if inputs is not None and inputs.mask is not None and card.takes_mask else None,
             strength=(
-                variation_strength(values.float("strength"), card)
+                variation_strength(values, card, ignored)
                 if is_variation
-                else _edit_strength(values, card, inputs, ignored)
+                else edit_strength(values, card, inputs, ignored)
             ),
             loras=loras.uses,
             extra=extra,
@@ -366,18 +366,6 @@ def _conditioning(
             ignored.append("guidance_scale")
         return negative_prompt, None
     return negative_prompt, card.default_guidance if guidance_scale is None else guidance_scale
-
-
-def _edit_strength(values: Values, card: ModelCard, inputs: Inputs | None, ignored: list[str]) -> float | None:
-    """Return how far an edit may go from the picture; None where the model edits in its own way."""
-    strength = values.float("strength")
-    if strength is not None and (inputs is None or not card.takes_strength):
-        ignored.append("strength")
-        return None
-    if inputs is None or strength is not None:
-        return strength
-    # What lies under a mask is drawn anew, from nothing.
-    return card.edit_strength if inputs.mask is None else None
 
 
 def _background(values: Values, format: ImageFormat) -> tuple[str, ...]:

@@ -41,6 +41,12 @@ def image_fields(max_steps: int) -> tuple[Field, ...]:
             high=1,
             help="Of edits: how far the result may go from the first picture. Models that edit do without.",
         ),
+        Field(
+            name="input_fidelity",
+            kind="word",
+            words=("low", "high"),
+            help="Of edits by a model that edits by strength: high keeps more of the picture. A strength wins.",
+        ),
         Field(name="seed", kind="int", low=0, high=MAX_INT, help="Start of the random numbers; default: a random one."),
         Field(
             name="num_inference_steps",
@@ -121,9 +127,7 @@ def image_fields(max_steps: int) -> tuple[Field, ...]:
     )
 
 
-MEANINGLESS_FIELDS = frozenset(
-    {"user", "safety_identifier", "moderation", "style", "complexity", "generator_device", "input_fidelity"}
-)
+MEANINGLESS_FIELDS = frozenset({"user", "safety_identifier", "moderation", "style", "complexity", "generator_device"})
 """Documented by OpenAI or SGLang, accepted, and without effect on what is drawn here."""
 
 
