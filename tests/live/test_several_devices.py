@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import numpy as np
@@ -22,6 +23,13 @@ PROMPT = "a red circle above a blue square on a white background"
 @pytest.fixture(scope="module")
 def four_ranks(tmp_path_factory) -> Iterator[Running]:
     server = serve(tmp_path_factory.mktemp("ranks"), FLAGS)
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def two_replicas(tmp_path_factory) -> Iterator[Running]:
+    server = serve(tmp_path_factory.mktemp("replicas"), ["--num-gpus", "2", "--dp-size", "2"])
     yield server
     server.stop()
 
@@ -57,6 +65,18 @@ def test_a_failed_call_fails_its_own_request_on_all_ranks_alike(four_ranks):
     assert httpx.post(f"{four_ranks.url}/v1/images/generations", json=body).status_code == 400
     assert len(followers(four_ranks)) == 3
     picture(four_ranks)
+
+
+def test_two_replicas_draw_at_the_same_time_what_one_worker_draws_and_either_may_be_killed(two_replicas, live_server):
+    assert httpx.get(f"{two_replicas.url}/models").json()["num_gpus"] == 2
+    assert httpx.get(f"{two_replicas.url}/server_info").json()["dp_size"] == 2
+    expected = picture(live_server)
+    with ThreadPoolExecutor(4) as clients:
+        for drawn in clients.map(lambda _: picture(two_replicas), range(4)):
+            assert np.abs(drawn - expected).max() <= 2  # of 255
+    os.kill(two_replicas.worker_pid(), signal.SIGKILL)
+    assert np.abs(picture(two_replicas) - expected).max() <= 2
+    assert two_replicas.status()["state"] == "ready"
 
 
 @pytest.mark.long

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -66,6 +67,36 @@ def test_a_model_that_cannot_be_split_is_refused_before_it_is_loaded(name, famil
     checkpoint = find_checkpoint(str(family_folder(name)), revision=None, variant=None)
     with pytest.raises(ConfigError, match="cannot be split over several devices"):
         fit(only(2), checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ({"num_gpus": 2, "dp_size": 2}, Degrees()),
+        ({"num_gpus": 4, "dp_size": 2}, Degrees(ulysses=2, is_chosen=False)),
+        ({"num_gpus": 8, "dp_size": 2, "ulysses_degree": 2}, Degrees(ulysses=2, ring=2)),
+    ],
+)
+def test_replicas_leave_each_group_its_part_of_the_devices(flags, expected):
+    config = ServeConfig(**flags)
+    assert config.degrees == expected
+    workers = [config.worker(Path("frames"), replica) for replica in range(config.dp_size)]
+    assert [(one.replica, one.num_replicas, one.degrees) for one in workers] == [(0, 2, expected), (1, 2, expected)]
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ({"num_gpus": 4, "dp_size": 3}, "--dp-size 3: --num-gpus (4) does not divide by it."),
+        ({"num_gpus": 4, "dp_size": 0}, "--dp-size 0: must be at least 1."),
+        ({"num_gpus": 4, "dp_size": 2, "ulysses_degree": 4}, "--num-gpus (4) by --dp-size (2) does not divide by it"),
+        ({"num_gpus": 8, "ulysses_degree": 2, "ring_degree": 2}, "(--dp-size 2 makes groups of 4)"),
+    ],
+)
+def test_replicas_that_do_not_fit_the_devices_are_refused_by_name(flags, named):
+    with pytest.raises(ConfigError) as refused:
+        _ = ServeConfig(**flags).degrees
+    assert named in str(refused.value)
 
 
 def test_the_text_encoder_is_on_one_device_whatever_is_asked_for():

@@ -46,9 +46,10 @@ def serve(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
 
 def _engine(config: ServeConfig, frames_dir: Path) -> Engine:
     # Imported once the server answers: this is not needed for its first second.
+    from ..engine.replicas import Replicas
     from ..engine.worker_engine import WorkerEngine
 
-    return WorkerEngine(config, frames_dir)
+    return WorkerEngine(config, frames_dir) if config.dp_size == 1 else Replicas(config, frames_dir)
 
 
 class Opening:

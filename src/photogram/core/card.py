@@ -54,7 +54,8 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     precisions: dict[str, str] = {}  # component -> fp32 | bf16 | fp16 | fp8
     device: str  # "cpu", "cuda:0"
     device_name: str
-    num_gpus: int = 1
+    num_gpus: int = 1  # over all replicas
+    num_replicas: int = 1  # groups of devices that serve jobs of their own
     parameters_count: int = 0
     loaded_bytes: int = 0
 

@@ -68,7 +68,9 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     revision: str | None
     variant: str | None
     device: str
-    degrees: Degrees
+    degrees: Degrees  # of one replica
+    replica: int
+    num_replicas: int
     split_vae: bool
     precisions: Precisions
     placement: Placement
@@ -125,7 +127,8 @@ class ServeConfig:
     cuda_graph_memory_gb: float = setting(4.0, "memory for CUDA graphs, GB, at most")
     channels_last: bool = setting(True, "on a GPU, keep the weights of VAEs and UNets in the order convolutions want")
     # --- several devices
-    num_gpus: int = setting(1, "devices that share one model; on a CPU: processes")
+    num_gpus: int = setting(1, "devices of all groups; those of one group share a model; on a CPU: processes")
+    dp_size: int = setting(1, "groups of devices, each with a model and jobs of its own behind one queue")
     ulysses_degree: int | None = setting(None, "devices that exchange heads; default: what the ring leaves")
     ring_degree: int | None = setting(None, "devices that pass keys and values around; default: 1")
     sp_degree: int | None = setting(None, "product of the two degrees above, for those who know it by that name")
@@ -261,7 +264,11 @@ class ServeConfig:
     @property
     def degrees(self) -> Degrees:
         return resolve_degrees(
-            num_gpus=self.num_gpus, ulysses=self.ulysses_degree, ring=self.ring_degree, sp=self.sp_degree
+            num_gpus=self.num_gpus,
+            dp=self.dp_size,
+            ulysses=self.ulysses_degree,
+            ring=self.ring_degree,
+            sp=self.sp_degree,
         )
 
     @property
@@ -282,8 +289,8 @@ class ServeConfig:
         except ValueError:
             return False
 
-    def worker(self, frames_dir: Path) -> WorkerConfig:
-        """Return the worker's share of the settings."""
+    def worker(self, frames_dir: Path, replica: int = 0) -> WorkerConfig:
+        """Return the worker's share of the settings, for the `replica`-th of --dp-size workers."""
         limit_gb = self.worker_memory_gb
         return WorkerConfig(
             model_path=self.model_path,
@@ -292,6 +299,8 @@ class ServeConfig:
             variant=self.variant,
             device=self.device,
             degrees=self.degrees,
+            replica=replica,
+            num_replicas=self.dp_size,
             split_vae=self.vae_sp,
             precisions=Precisions(
                 all=self.precision,

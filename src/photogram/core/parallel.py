@@ -20,30 +20,38 @@ class Degrees(msgspec.Struct, frozen=True, kw_only=True):
         return self.ulysses * self.ring
 
 
-def resolve_degrees(*, num_gpus: int, ulysses: int | None, ring: int | None, sp: int | None) -> Degrees:
-    """Fill in the degrees that were not given. Raises ConfigError, naming the flags, where they do not fit.
+def resolve_degrees(
+    *, num_gpus: int, dp: int = 1, ulysses: int | None, ring: int | None, sp: int | None
+) -> Degrees:  # fmt: skip
+    """Fill in the degrees of one of `dp` groups that were not given.
 
-    `sp`, the sequence-parallel degree, is the product of the other two.
+    `sp`, the sequence-parallel degree, is the product of the other two. Raises ConfigError, naming the flags, where
+    they do not fit.
     """
     for flag, value in (
-        ("--num-gpus", num_gpus), ("--ulysses-degree", ulysses), ("--ring-degree", ring), ("--sp-degree", sp)
+        ("--num-gpus", num_gpus), ("--dp-size", dp), ("--ulysses-degree", ulysses), ("--ring-degree", ring),
+        ("--sp-degree", sp),
     ):  # fmt: skip
         if value is not None and value < 1:
             raise ConfigError(f"{flag} {value}: must be at least 1.")
-    if sp is not None and sp != num_gpus:
-        raise ConfigError(f"--sp-degree {sp}: must be --num-gpus ({num_gpus}), over which the sequence is split.")
+    if num_gpus % dp:
+        raise ConfigError(f"--dp-size {dp}: --num-gpus ({num_gpus}) does not divide by it.")
+    size = num_gpus // dp
+    devices = f"--num-gpus ({num_gpus})" if dp == 1 else f"--num-gpus ({num_gpus}) by --dp-size ({dp})"
+    if sp is not None and sp != size:
+        raise ConfigError(f"--sp-degree {sp}: must be {devices}, over which the sequence is split.")
     if ulysses is None and ring is None:
-        return Degrees(ulysses=num_gpus, is_chosen=num_gpus == 1)
+        return Degrees(ulysses=size, is_chosen=size == 1)
     if ulysses is None:
-        ulysses = _rest(num_gpus, "--ring-degree", ring)
+        assert ring is not None
+        ulysses = _rest(size, devices, "--ring-degree", ring)
     elif ring is None:
-        ring = _rest(num_gpus, "--ulysses-degree", ulysses)
-    assert ulysses is not None
-    assert ring is not None
-    if ulysses * ring != num_gpus:
+        ring = _rest(size, devices, "--ulysses-degree", ulysses)
+    product = ulysses * ring
+    if product != size:
+        hint = "" if size % product else f" (--dp-size {num_gpus // product} makes groups of {product})"
         raise ConfigError(
-            f"--ulysses-degree {ulysses} times --ring-degree {ring} is {ulysses * ring}: "
-            f"must be --num-gpus ({num_gpus})."
+            f"--ulysses-degree {ulysses} times --ring-degree {ring} is {product}: must be {devices}{hint}."
         )
     return Degrees(ulysses=ulysses, ring=ring)
 
@@ -53,8 +61,7 @@ def divisors(number: int) -> tuple[int, ...]:
     return tuple(n for n in range(1, number + 1) if number % n == 0)
 
 
-def _rest(num_gpus: int, flag: str, degree: int | None) -> int:
-    assert degree is not None
-    if num_gpus % degree:
-        raise ConfigError(f"{flag} {degree}: --num-gpus ({num_gpus}) does not divide by it.")
-    return num_gpus // degree
+def _rest(size: int, devices: str, flag: str, degree: int) -> int:
+    if size % degree:
+        raise ConfigError(f"{flag} {degree}: {devices} does not divide by it.")
+    return size // degree

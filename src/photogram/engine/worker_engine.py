@@ -10,7 +10,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -53,7 +53,9 @@ PATIENCE_FACTOR = 30.0  # silence, in units of what a pass was expected to take
 
 
 @dataclass(slots=True)
-class _Job:
+class HeldJob:
+    """A job in hand, and what it has been through."""
+
     request: GenerateRequest
     listener: Listener
     tries: int = 0
@@ -80,15 +82,22 @@ class WorkerEngine:
     """Implements `Engine` with a worker process."""
 
     def __init__(
-        self, config: ServeConfig, frames_dir: Path, *, worker_command: Sequence[str] = WORKER_COMMAND
-    ) -> None:
-        """`worker_command` starts a worker when the path of the socket is added to it."""
+        self, config: ServeConfig, frames_dir: Path, *, replica: int = 0,
+        hand_over: Callable[[HeldJob], bool] = lambda job: False, worker_command: Sequence[str] = WORKER_COMMAND,
+    ) -> None:  # fmt: skip
+        """`worker_command` starts a worker when the path of the socket is added to it.
+
+        Of `--dp-size` workers this is the `replica`-th, from 0; `hand_over` is offered each job that would wait for
+        the next worker, and says whether another one has taken it.
+        """
         self._config = config
+        self._replica = replica
+        self._hand_over = hand_over
         self._frames_dir = frames_dir
         self._command = worker_command
         self._card: ModelCard | None = None
         self._status = EngineStatus(state="starting", detail="The worker is starting.")
-        self._jobs: dict[str, _Job] = {}
+        self._jobs: dict[str, HeldJob] = {}
         self._running: frozenset[str] = frozenset()  # jobs of the pass in progress
         self._lora_requests: dict[str, _LoraRequest] = {}
         self._active_loras: SetLoras | None = None  # the last set that a worker accepted
@@ -131,10 +140,19 @@ class WorkerEngine:
     def submit(self, request: GenerateRequest, listener: Listener) -> None:
         if self._stopping or self._status.state in ("failed", "stopped"):
             raise EngineLost(f"No worker can take the job: {self._status.detail}")
-        self._jobs[request.job_id] = _Job(request, listener)
+        self.adopt(HeldJob(request, listener))
+
+    @property
+    def work_in_hand(self) -> int:
+        """What there is still to do or being done, in steps times pixels."""
+        return sum(_work(job.request) for job in self._jobs.values())
+
+    def adopt(self, job: HeldJob) -> None:
+        """Take a job over from another engine, whose worker ended."""
+        self._jobs[job.request.job_id] = job
         self._idle.clear()
         if self._worker is not None and self._ready.is_set():
-            self._worker.send(Submit(request))
+            self._worker.send(Submit(job.request))
 
     def cancel(self, job_id: str) -> None:
         job = self._jobs.get(job_id)
@@ -151,6 +169,12 @@ class WorkerEngine:
         state = await self._ask_for_loras(message)
         self._active_loras = message
         return state
+
+    def expect_loras(self, uses: tuple[LoraUse, ...], *, merged: bool) -> None:
+        """Make `uses` the active set of a worker that was not ready when others were asked, without an answer."""
+        self._active_loras = SetLoras(secrets.token_hex(8), uses, merged)
+        if self._worker is not None and self._ready.is_set():
+            self._worker.send(self._active_loras)
 
     async def prepare_loras(self, uses: tuple[LoraUse, ...] = (), *, pinned: bool = False) -> LoraState:
         return await self._ask_for_loras(PrepareLoras(secrets.token_hex(8), uses, pinned))
@@ -244,7 +268,7 @@ class WorkerEngine:
         except OSError as error:
             return 1, False, str(error)
         logger.info("worker %d started", self._worker.pid)
-        self._worker.send(Load(self._config.worker(self._frames_dir)))
+        self._worker.send(Load(self._config.worker(self._frames_dir, self._replica)))
         watch = asyncio.create_task(self._watch(self._worker), name="engine-watch")
         try:
             code = await self._worker.run(self._hear)
@@ -334,6 +358,11 @@ class WorkerEngine:
             if job.tries >= MAX_TRIES or job.interruptions > MAX_INTERRUPTIONS:
                 text = f"The worker ended while it ran this job ({reason}), {job.tries + job.interruptions} times."
                 self._conclude(Failed(job_id, EngineLost.code, text))
+            elif self._hand_over(job):
+                del self._jobs[job_id]
+                if not self._jobs:
+                    self._idle.set()
+                logger.warning("%s goes to another worker: %s", job_id, reason)
             else:
                 logger.warning("%s is tried again: %s", job_id, reason)
 
@@ -349,6 +378,10 @@ class WorkerEngine:
 
     def _set_status(self, state: str, detail: str) -> None:
         self._status = EngineStatus(state=state, detail=detail, num_restarts=self._num_restarts)  # type: ignore[arg-type]
+
+
+def _work(request: GenerateRequest) -> int:
+    return request.num_inference_steps * request.width * request.height * (request.num_frames or 1)
 
 
 def _lora_error(refusal: LorasRefused) -> ServiceError:

@@ -58,6 +58,7 @@ def derive_card(
     device_name: str,
     uses: frozenset[Use],
     num_gpus: int = 1,
+    num_replicas: int = 1,
     families: Mapping[str, FamilyDefaults] = DEFAULTS,
 ) -> ModelCard:
     """Return the card of a loaded pipeline and what its components can become.
@@ -104,6 +105,7 @@ def derive_card(
         "device": str(device),
         "device_name": device_name,
         "num_gpus": num_gpus,
+        "num_replicas": num_replicas,
         "parameters_count": sum(tensor.numel() for tensor in tensors),
         "loaded_bytes": sum(tensor.numel() * tensor.element_size() for tensor in tensors),
     }

@@ -33,6 +33,7 @@ from .modules import BigModule, big_modules, is_denoiser
 from .parallel.decoding import can_split
 from .parallel.fitting import fit
 from .parallel.leader import Group
+from .parallel.mesh import share_cores
 from .placement import is_offloaded, offload, place, set_up_vae
 from .residency import Visitors
 from .tuning.graphs import Graphs
@@ -77,16 +78,20 @@ class ServedPipeline:
         return own
 
 
-def choose_device(wanted: str) -> torch.device:
-    """Return the device to serve on. Raises ConfigError for one that is not there."""
+def choose_device(wanted: str, before: int = 0) -> torch.device:
+    """Return the first device to serve on, leaving `before` GPUs to other workers.
+
+    Raises ConfigError for one that is not there.
+    """
     if wanted == "auto":
-        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(wanted)
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        index = device.index or 0
+        index = (device.index or 0) + before
         if index >= count:
-            raise ConfigError(f"--device '{wanted}': this machine has {count} CUDA devices.")
+            flag = f"--device '{wanted}'" if before == 0 else f"--dp-size: cuda:{index} is wanted"
+            raise ConfigError(f"{flag}: this machine has {count} CUDA devices.")
         return torch.device("cuda", index)
     return device
 
@@ -99,7 +104,9 @@ def load(config: WorkerConfig, say: Callable[[str], None], on_lost: Callable[[st
     """
     # A checkpoint's own code is never run; diffusers reads this before it looks.
     os.environ["DIFFUSERS_DISABLE_REMOTE_CODE"] = "1"
-    device = choose_device(config.device)
+    device = choose_device(config.device, before=config.replica * config.degrees.world_size)
+    if device.type == "cpu":
+        share_cores(config.num_replicas)
     say(f"finding {config.model_path}")
     checkpoint = find_checkpoint(config.model_path, revision=config.revision, variant=config.variant)
     config = msgspec.structs.replace(config, degrees=fit(config.degrees, checkpoint))
@@ -166,7 +173,8 @@ def prepare(
         served_name=config.served_model_name,
         device=device,
         device_name=device_name(device),
-        num_gpus=config.degrees.world_size,
+        num_gpus=config.degrees.world_size * config.num_replicas,
+        num_replicas=config.num_replicas,
     )
     if config.step_cache == "first-block":
         _enable_step_cache(pipeline, config.step_cache_threshold)

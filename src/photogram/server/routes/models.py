@@ -63,6 +63,7 @@ def model_routes(
                 state=engine.status.state,
                 num_jobs=num_jobs(),
                 num_gpus=0 if card is None else card.num_gpus,
+                dp_size=1 if card is None else card.num_replicas,
             )
         )
 

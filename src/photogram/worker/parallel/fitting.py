@@ -39,7 +39,10 @@ def fit(degrees: Degrees, checkpoint: Checkpoint) -> Degrees:
     denoisers = _denoisers(checkpoint)
     for one in denoisers:
         if plan_of(_class(one.class_name)) is None:
-            raise ConfigError(f"--num-gpus: {one.class_name} cannot be split over several devices.")
+            raise ConfigError(
+                f"--num-gpus: {one.class_name} cannot be split over several devices. "
+                "With --dp-size as large as --num-gpus, each of them serves jobs of its own."
+            )
     fitting = [
         ulysses
         for ulysses in divisors(degrees.world_size)

@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> int:
     configure_logging(first.config, f"rank {first.rank}")
     device = torch.device(first.device)
     if device.type == "cpu":
-        share_cores(first.degrees.world_size)
+        share_cores(first.degrees.world_size * first.config.num_replicas)
     with torch.inference_mode():
         mesh = join(first.degrees, first.rank, device, Path(first.meeting_file))
         lengths = Lengths(mesh)

@@ -93,6 +93,6 @@ def arrange(degrees: Degrees, rank: int, device: torch.device) -> Mesh:
     )
 
 
-def share_cores(world_size: int) -> None:
-    """Leave the other ranks on this machine their share of its cores."""
-    torch.set_num_threads(max(1, torch.get_num_threads() // world_size))
+def share_cores(num_processes: int) -> None:
+    """Leave the other processes that serve on this machine their share of its cores."""
+    torch.set_num_threads(max(1, torch.get_num_threads() // num_processes))
