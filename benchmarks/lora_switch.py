@@ -158,7 +158,7 @@ def main() -> None:
                 make_file(file, transformer, rank, device)
             names = LayerNames(pipeline, ["transformer"])
             started = time.perf_counter()
-            adapters = [build(file.stem, str(file), read(str(file)), pipeline, names) for file in files]
+            adapters = [build(file.stem, str(file), read(str(file), 8 << 30), pipeline, names) for file in files]
             load_s = (time.perf_counter() - started) / len(files)
             layers, size_mb = len(adapters[0].changes["transformer"]), adapters[0].size_bytes / 1e6
             print(f"\nrank {rank}, {layers} layers, {size_mb:.0f} MB, read and checked in {load_s * 1000:.0f} ms")

@@ -77,8 +77,9 @@ class Studio:
         with torch.inference_mode():
             for request in requests:
                 self.worker.submit(request)
+            self.settle()  # so that which jobs meet does not hang on the disk
             turn = 0
-            while self.worker.turn():
+            while self.worker.turn() or self.worker.loras.wait():
                 turn += 1
                 meanwhile(turn)
         drawn = {request.job_id: Drawn() for request in requests}
@@ -93,6 +94,11 @@ class Studio:
             if job_id in drawn:
                 drawn[job_id].latents = latents
         return drawn
+
+    def settle(self) -> None:
+        """Wait for the LoRAs that are being read, and go on with what waits for them."""
+        while self.worker.loras.wait():
+            pass
 
     def passes(self, *modules: str) -> list[tuple[str, ...]]:
         """The jobs of each forward pass of these modules in the last `draw`, in order."""

@@ -79,6 +79,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_live_jobs: int
     prompt_cache_bytes: int
     lora_cache_bytes: int
+    lora_file_bytes: int
     step_cache: StepCache
     step_cache_threshold: float
     deterministic: bool
@@ -320,6 +321,7 @@ class ServeConfig:
             max_live_jobs=self.max_live_jobs,
             prompt_cache_bytes=self.prompt_cache_mb * 1_000_000,
             lora_cache_bytes=self.lora_cache_mb * 1_000_000,
+            lora_file_bytes=self.max_lora_mb * 1_000_000,
             step_cache=self.step_cache,
             step_cache_threshold=self.step_cache_threshold,
             deterministic=self.deterministic,

@@ -1,7 +1,7 @@
 """The worker's process: connects to the host, loads the model, and turns until told to stop.
 
-A reader thread takes messages off the socket, so that a cancel is seen between two calls; everything else happens
-in the main thread. When the host is gone the process ends: its jobs are the host's to give again.
+A thread takes messages off the socket, so that a cancel is seen between two calls, and another reads LoRA files; all
+else happens in the main thread. When the host is gone the process ends: its jobs are the host's to give again.
 """
 
 from __future__ import annotations
@@ -45,18 +45,28 @@ logger = logging.getLogger("photogram.worker")
 EXIT_DEVICE_LOST = 70
 
 
+class Woken:
+    """Stands in the inbox for the worker's own threads."""
+
+
 class HostLink:
-    """The socket to the host. Messages arrive in `inbox`; None there says that the host is gone."""
+    """The socket to the host. Messages arrive in `inbox`; None there says that the host is gone.
+
+    `Woken` is no message: something was done beside the loop, which may be waiting at the inbox.
+    """
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
         self._sending = threading.Lock()
-        self.inbox: queue.SimpleQueue[ToWorker | None] = queue.SimpleQueue()
+        self.inbox: queue.SimpleQueue[ToWorker | Woken | None] = queue.SimpleQueue()
         threading.Thread(target=self._read, name="host-link", daemon=True).start()
 
     def send(self, message: ToHost) -> None:
         with self._sending:
             self._connection.sendall(pack(message))
+
+    def wake(self) -> None:
+        self.inbox.put(Woken())
 
     def _read(self) -> None:
         try:
@@ -94,7 +104,7 @@ def serve(config: WorkerConfig, link: HostLink) -> int:
         served = load(config, lambda stage: link.send(Loading(stage)), partial(_end_at_once, link))
         if config.memory_limit_bytes is not None and served.device.type == "cpu":
             limit_memory(config.memory_limit_bytes)
-        worker = Worker(served, config, link.send, time.monotonic)
+        worker = Worker(served, config, link.send, time.monotonic, link.wake)
         if config.warmup:
             link.send(Loading("warming up"))
             warm_up(worker)
@@ -112,6 +122,8 @@ def serve(config: WorkerConfig, link: HostLink) -> int:
                         worker.cancel(job_id)
                     case SetLoras() | PrepareLoras() as message:
                         worker.set_loras(message)
+                    case Woken():
+                        pass  # the turn will see
                 busy = True
             busy = worker.turn()
 

@@ -16,6 +16,8 @@ from ..core.messages import (
     Began,
     Failed,
     Finished,
+    LorasReady,
+    LorasRefused,
     PrepareLoras,
     Preview,
     Progress,
@@ -30,12 +32,13 @@ from .frame_store import FrameStore
 from .job import Job, replay
 from .loading import ServedPipeline
 from .lora.mixing import NotMixable
-from .lora.service import Loras
+from .lora.service import GetLoras, Loras
 from .lora.sets import ModuleLoras
 from .memory import DeviceLost, PeakMemory, device_error, free_bytes
 from .pace import Pace
 from .probe import same_call_for_two
-from .prompt_cache import PromptCache, readable
+from .prompt_cache import PromptCache
+from .recall import Recall
 from .stacking import Stacker
 from .tokens import count_tokens
 
@@ -48,20 +51,29 @@ ENCODE_SHARE, DECODE_SHARE = 0.03, 0.05
 class Worker:
     """Runs jobs of one served pipeline; `turn` takes one decision of the scheduler.
 
-    `emit` is given every message for the host. Single-threaded: submit, cancel and turn are called by one thread.
+    `emit` is given every message for the host. Single-threaded: submit, cancel and turn are called by one thread. From
+    another one `wake` is called when a `turn` is worth while though the last one found nothing to do.
     """
 
     def __init__(
-        self, served: ServedPipeline, config: WorkerConfig, emit: Callable[[ToHost], None], clock: Callable[[], float]
+        self,
+        served: ServedPipeline,
+        config: WorkerConfig,
+        emit: Callable[[ToHost], None],
+        clock: Callable[[], float],
+        wake: Callable[[], None] = lambda: None,
     ) -> None:
         self.served = served
         self.stacker = Stacker()
         self.prompt_cache = PromptCache(config.prompt_cache_bytes)
+        self._recall = Recall(self.prompt_cache)
         self.jobs: dict[str, Job] = {}
         self.loras = Loras(
             served,
-            config.lora_cache_bytes,
             lambda: set().union(*(job.loras.versions for job in self.jobs.values())),
+            wake,
+            cache_bytes=config.lora_cache_bytes,
+            file_bytes=config.lora_file_bytes,
         )
         self.config = config
         self._emit = emit
@@ -90,12 +102,15 @@ class Worker:
     # --- what the host asks
 
     def submit(self, request: GenerateRequest) -> None:
-        """Queue a job. A request that cannot even be prepared fails at once."""
-        now = self._clock()
+        """Queue a job, once its LoRAs are loaded. A request that cannot even be prepared fails at once."""
+        # Where calls run one at a time a seed gives the same bits at any load, and so must its LoRAs.
+        exact = self._runs_alone(request) or self.config.max_batch_size == 1
+        queue = partial(self._queue, request, self._clock())
+        self.loras.of_job(request.job_id, request.loras, exact=exact, then=queue)
+
+    def _queue(self, request: GenerateRequest, arrived_at: float, loras: GetLoras) -> None:
         try:
-            # Where calls run one at a time a seed gives the same bits at any load, and so must its LoRAs.
-            exact = self._runs_alone(request) or self.config.max_batch_size == 1
-            job = Job(request, self.served, self.loras.of_job(request.loras, exact=exact), now)
+            job = Job(request, self.served, loras(), arrived_at)
         except Exception as error:
             self._emit(self._failure(request.job_id, error))
             return
@@ -106,26 +121,30 @@ class Worker:
                 job_id=request.job_id,
                 owner=request.owner,
                 priority=request.priority,
-                arrived_at=now,
+                arrived_at=arrived_at,
                 expected_steps=request.num_inference_steps,
                 size_hint=pixels,
                 kind=f"{request.task} {'guided' if (request.guidance_scale or 0) > 1 else 'plain'}",
                 batchable=not self._runs_alone(request),
             ),
-            now,
+            self._clock(),
         )
 
     def cancel(self, job_id: str) -> None:
         """End a job where it waits; unknown ids are ignored."""
         job = self.jobs.get(job_id)
-        if job is None:
+        if job is not None:
+            self._end(job)
+        elif not self.loras.drop(job_id):
             return
-        self._end(job)
         self._emit(Failed(job_id, "cancelled", "The job was cancelled."))
 
     def set_loras(self, message: SetLoras | PrepareLoras) -> None:
-        """Load, merge or take out LoRAs, and answer."""
-        self._emit(self.loras.answer(message))
+        """Load, merge or take out LoRAs, and answer. Jobs go on while files are read."""
+        self.loras.answer(message, self._answered)
+
+    def _answered(self, answer: LorasReady | LorasRefused) -> None:
+        self._emit(answer)
         for name, weights in self.loras.merged().items():
             self._scheduler.holds(name, weights)
 
@@ -136,7 +155,8 @@ class Worker:
     # --- the loop
 
     def turn(self) -> bool:
-        """Take one decision and carry it out; False when there is nothing to do."""
+        """Take one decision and carry it out; False when there is nothing to do now."""
+        self.loras.take()
         now = self._clock()
         plan = self._scheduler.next_plan(now)
         match plan:
@@ -174,7 +194,7 @@ class Worker:
         for job, call, answer in zip(jobs, calls, answers, strict=True):
             job.calls_shared += len(jobs) > 1
             job.largest_batch = max(job.largest_batch, len(jobs))
-            self._proceed(job, partial(job.fiber.resume, self._noted(job, call, answer)))
+            self._proceed(job, partial(job.fiber.resume, self._recall.noted(job, call, answer)))
 
     def _bring_loras(self, plan: Run, jobs: list[Job]) -> None:
         """Bring the weights to where the plan's calls can be run, before the pass, so that its price stays its own."""
@@ -243,13 +263,13 @@ class Worker:
         """Advance the fiber until it waits at a call that must be run, or is done."""
         try:
             outcome = advance()
-            self._remember(job)
+            self._recall.remember(job)
             while isinstance(outcome, Call):
-                known, answer = self._from_memory(job, outcome)
+                known, answer = self._recall.known(job, outcome)
                 if not known:
                     break
                 outcome = job.fiber.resume(answer)
-            self._remember(job)
+            self._recall.remember(job)
             self._make_preview(job)
         except Exception as error:
             lost = device_error(error, self.served.device)
@@ -293,41 +313,6 @@ class Worker:
 
     def _runs_alone(self, request: GenerateRequest) -> bool:
         return request.deterministic or self.config.deterministic or self.served.runs_alone
-
-    # --- memory of answers
-
-    def _from_memory(self, job: Job, call: Call) -> tuple[bool, Any]:
-        if call.module.is_denoiser:
-            return job.watch.skipped_answer()
-        if call.module.phase(call.method) != "encode":
-            return False, None
-        key = self.prompt_cache.key(call)
-        answer = self.prompt_cache.get(key) if key is not None else None
-        if answer is None:
-            return False, None
-        return True, self._note_for_replay(job, call, answer)
-
-    def _noted(self, job: Job, call: Call, answer: Any) -> Any:
-        """Note an answer where it may be wanted again, and return it as the fiber is to have it."""
-        if call.module.is_denoiser:
-            job.watch.note_answer(answer)
-        if call.module.phase(call.method) == "encode":
-            key = self.prompt_cache.key(call)
-            if key is not None:
-                answer = readable(call, answer)
-                job.to_remember.append((key, answer))
-        return self._note_for_replay(job, call, answer)
-
-    def _note_for_replay(self, job: Job, call: Call, answer: Any) -> Any:
-        if job.answers is not None:
-            job.answers.note(call, answer, job.watch.steps_done)
-        return answer
-
-    def _remember(self, job: Job) -> None:
-        """Keep the answers that the pipeline has read by now: it is at its next call."""
-        for key, answer in job.to_remember:
-            self.prompt_cache.put(key, answer)
-        job.to_remember.clear()
 
     # --- what the host hears
 
@@ -444,5 +429,5 @@ def _kind(call: Call, request: GenerateRequest) -> str:
 def run_until_idle(worker: Worker) -> None:
     """Turn until nothing is left to do."""
     with torch.inference_mode():
-        while worker.turn():
+        while worker.turn() or worker.loras.wait():
             pass

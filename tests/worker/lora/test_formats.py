@@ -16,6 +16,7 @@ from .files import Maker
 from .formats import EXAMPLES
 
 STRENGTH = 0.7
+MAX_BYTES = 1 << 30
 CPU = torch.device("cpu")
 
 
@@ -33,7 +34,7 @@ def pipelines(family_folder):
 
 
 def load(path, pipeline) -> Adapter:
-    return build("test", str(path), read(str(path)), pipeline, LayerNames(pipeline, lora_modules(pipeline)))
+    return build("test", str(path), read(str(path), MAX_BYTES), pipeline, LayerNames(pipeline, lora_modules(pipeline)))
 
 
 def merged(adapter: Adapter, pipeline: DiffusionPipeline, strength: float = STRENGTH) -> dict[str, torch.Tensor]:

@@ -23,6 +23,7 @@ def loaded(studio: Studio) -> list[str]:
 def prepare(studio: Studio, *uses, pinned: bool = False):
     with torch.inference_mode():
         studio.worker.set_loras(PrepareLoras("p", uses, pinned))
+        studio.settle()
     return studio.messages[-1]
 
 
@@ -86,6 +87,11 @@ def test_a_lora_that_is_gone_goes_on_as_it_was_read(family_folder, tmp_path):
 def test_without_support_there_is_one_clear_answer(family_folder, tmp_path):
     studio = Studio(family_folder("flux-1"), tmp_path)
     card = msgspec.structs.replace(studio.served.card, lora_modules=())
-    loras = Loras(dataclasses.replace(studio.served, card=card), 0, set)
-    answer = loras.answer(SetLoras("s", (), True))
-    assert (answer.code, answer.message) == ("lora_not_supported", "LoRA is not enabled for this pipeline.")
+    loras = Loras(dataclasses.replace(studio.served, card=card), set, lambda: None, cache_bytes=0, file_bytes=1 << 30)
+    answers = []
+    (use,) = uses_for(studio, tmp_path, count=1)
+    loras.answer(SetLoras("s", (), True), answers.append)
+    loras.answer(SetLoras("s", (use,), True), answers.append)
+    loras.wait()
+    expected = ("lora_not_supported", "LoRA is not enabled for this pipeline.")
+    assert [(answer.code, answer.message) for answer in answers] == [expected, expected]

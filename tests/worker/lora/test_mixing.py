@@ -187,6 +187,7 @@ def test_jobs_keep_the_set_they_were_submitted_under(family_folder, tmp_path):
     def set_another(turn: int) -> None:
         if turn == 6:
             studio.worker.set_loras(SetLoras("set", second.loras, True))
+            studio.settle()
 
     drawn = studio.draw([first], meanwhile=set_another)
     assert any(isinstance(message, LorasReady) for message in studio.messages)

@@ -30,6 +30,7 @@ def set_loras(studio: Studio, *uses: LoraUse, merged: bool = True) -> LorasReady
     studio.messages.clear()
     with torch.inference_mode():
         studio.worker.set_loras(SetLoras("r", uses, merged))
+        studio.settle()
     return studio.messages[-1]
 
 

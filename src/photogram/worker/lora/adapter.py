@@ -12,12 +12,11 @@ import torch
 from diffusers import DiffusionPipeline
 from peft.utils.other import get_pattern_key
 
+from ...core.lora_file import MAX_RANK
 from .changes import Change, Changes, Difference, Hadamard, Kronecker, LowRank, Replacement
 from .conversion import convert
 from .names import LayerNames
 from .reading import LoraFile, Stamp, refused
-
-MAX_RANK = 4096
 
 _versions = itertools.count(1)
 

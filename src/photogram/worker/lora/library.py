@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from ...core.lora import LoadedLora
 from ...core.request import LoraUse
@@ -15,33 +15,35 @@ logger = logging.getLogger(__name__)
 
 
 class LoraLibrary:
-    """Adapters by nickname. `load` reads one; `in_use` tells the versions that jobs hold."""
+    """Adapters by nickname. `in_use` tells the versions that jobs hold."""
 
-    def __init__(
-        self, capacity_bytes: int, load: Callable[[LoraUse], Adapter], in_use: Callable[[], Collection[int]]
-    ) -> None:
+    def __init__(self, capacity_bytes: int, in_use: Callable[[], Collection[int]]) -> None:
         self._capacity_bytes = capacity_bytes
-        self._load = load
         self._in_use = in_use
         self._adapters: OrderedDict[str, Adapter] = OrderedDict()
         self._pinned: set[str] = set()
 
-    def get(self, uses: Sequence[LoraUse], *, look_again: bool) -> list[Adapter]:
-        """Return the adapters of all, loading what is not there; nothing is changed when one cannot be loaded.
+    def look_up(self, uses: Sequence[LoraUse]) -> tuple[dict[str, Adapter], list[LoraUse]]:
+        """Return the adapters that are loaded, by nickname, and the uses of files that are to be read.
 
-        With `look_again` a file that is no longer the one that was read is read anew. Raises RequestError.
+        A file that is no longer the one that was read is to be read anew.
         """
-        found: dict[str, Adapter] = {}
+        known: dict[str, Adapter] = {}
+        missing: dict[str, LoraUse] = {}
         for use in uses:
-            known = found.get(use.nickname) or self._adapters.get(use.nickname)
-            if known is None or known.path != use.path or (look_again and _is_outdated(known)):
-                known = self._load(use)
-            found[use.nickname] = known
-        for nickname, adapter in found.items():
+            adapter = self._adapters.get(use.nickname)
+            if adapter is None or adapter.path != use.path or _is_outdated(adapter):
+                missing[use.nickname] = use
+            else:
+                known[use.nickname] = adapter
+        return known, list(missing.values())
+
+    def keep(self, adapters: Mapping[str, Adapter]) -> None:
+        """Have these as the latest of their nicknames and the last used; forget others for them."""
+        for nickname, adapter in adapters.items():
             self._adapters[nickname] = adapter
             self._adapters.move_to_end(nickname)
-        self.shrink(keep=found)
-        return [found[use.nickname] for use in uses]
+        self.shrink(keep=adapters)
 
     def pin(self, nicknames: Collection[str]) -> None:
         """Keep these whatever else is loaded."""

@@ -1,9 +1,10 @@
-"""LoRAs as the host and the jobs ask for them: loads, places on the modules of a target, answers."""
+"""LoRAs as the host and the jobs ask for them: had from the reader, placed on the modules of a target, answered for."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 
@@ -16,41 +17,74 @@ from ..memory import DeviceLost, device_error
 from .adapter import Adapter, build, count_layers
 from .library import LoraLibrary
 from .names import LayerNames
+from .reader import Adapters, LoraReader
 from .reading import read, refused
 from .serving import ModuleServing
 from .sets import BASE, Entry, JobLoras, Key, ModuleLoras
 
 logger = logging.getLogger(__name__)
 
+GetLoras = Callable[[], JobLoras]
+"""Gives a job's set, or raises why there is none."""
+
 
 class Loras:
-    """All LoRAs of one worker. `versions_of_jobs` tells which adapters running jobs hold."""
+    """All LoRAs of one worker. `versions_of_jobs` tells which adapters running jobs hold.
 
-    def __init__(self, served: ServedPipeline, capacity_bytes: int, versions_of_jobs: Callable[[], set[int]]) -> None:
+    Files are read in a thread of their own, in which `wake` is called when there is something to `take`.
+    """
+
+    def __init__(
+        self,
+        served: ServedPipeline,
+        versions_of_jobs: Callable[[], set[int]],
+        wake: Callable[[], None],
+        *,
+        cache_bytes: int,
+        file_bytes: int,
+    ) -> None:
         self._served = served
+        self._file_bytes = file_bytes
         self._versions_of_jobs = versions_of_jobs
         self._names = LayerNames(served.pipeline, served.card.lora_modules) if served.card.lora_modules else None
-        self._library = LoraLibrary(capacity_bytes, self._load, self._versions_in_use)
-        self._active: dict[str, Adapter] = {}
-        self._uses: tuple[LoraUse, ...] = ()
+        self._library = LoraLibrary(cache_bytes, self._versions_in_use)
+        self._reader = LoraReader(self._library, self._load, wake)
+        self._active: Adapters = {}
         self._merged = False
         self._sets: Mapping[str, ModuleLoras] = {}
         self.modules: Mapping[str, ModuleServing] = {
             name: served.modules[name].loras for name in served.card.lora_modules
         }
 
+    # --- what waits for files
+
+    def take(self) -> None:
+        """Go on with what has been read by now."""
+        self._reader.take()
+
+    def wait(self) -> bool:
+        """Wait for what is being read and go on with it; False where nothing is."""
+        return self._reader.wait()
+
+    def drop(self, job_id: str) -> bool:
+        """Let go of a job that waits for its LoRAs; False for one that does not."""
+        return self._reader.drop(job_id)
+
     # --- jobs
 
-    def of_job(self, uses: Sequence[LoraUse], *, exact: bool) -> JobLoras:
-        """Return the set of a job. Of the active set's LoRAs it gets what was set; others are read anew where their
-        file has changed. Raises RequestError."""
-        if not uses:
-            return JobLoras(exact=exact)
-        self._check_support()
-        by_nickname = dict(self._active)
-        others = [use for use in uses if not self._is_active(use)]
-        by_nickname |= {a.nickname: a for a in self._library.get(others, look_again=True)}
-        return JobLoras(modules=self._place(uses, by_nickname), exact=exact)
+    def of_job(self, job_id: str, uses: Sequence[LoraUse], *, exact: bool, then: Callable[[GetLoras], None]) -> None:
+        """Go on with the set of a job: now where nothing is to be read for it.
+
+        Of the active set's LoRAs it gets what was set; others are read anew where their file has changed. What `then`
+        is given raises RequestError where the set cannot be had.
+        """
+        active = {use.nickname: self._active[use.nickname] for use in uses if self._is_active(use)}
+
+        def place(others: Callable[[], Adapters]) -> JobLoras:
+            return JobLoras(modules=self._place(uses, {**active, **others()}), exact=exact)
+
+        others = [use for use in uses if use.nickname not in active]
+        self._reader.get(job_id, others, lambda found: then(partial(place, found)))
 
     def _is_active(self, use: LoraUse) -> bool:
         active = self._active.get(use.nickname)
@@ -58,16 +92,23 @@ class Loras:
 
     # --- the host
 
-    def answer(self, message: SetLoras | PrepareLoras) -> LorasReady | LorasRefused:
-        """Do what is asked and tell the state, or tell why not, with everything as it was. Raises DeviceLost."""
+    def answer(self, message: SetLoras | PrepareLoras, then: Callable[[LorasReady | LorasRefused], None]) -> None:
+        """Do what is asked, and go on with the state, or with why not and everything as it was.
+
+        Messages are answered in the order in which they came. Raises DeviceLost.
+        """
+        self._reader.get(
+            message.request_id, message.uses, lambda found: then(self._answer(message, found)), in_order=True
+        )
+
+    def _answer(self, message: SetLoras | PrepareLoras, found: Callable[[], Adapters]) -> LorasReady | LorasRefused:
         try:
             self._check_support()
+            adapters = found()
             if isinstance(message, SetLoras):
-                self._set(message.uses, merged=message.merged)
-            else:
-                self._library.get(message.uses, look_again=True)
-                if message.pinned:
-                    self._library.pin([use.nickname for use in message.uses])
+                self._set(message.uses, adapters, merged=message.merged)
+            elif message.pinned:
+                self._library.pin(list(adapters))
         except Exception as error:
             error = device_error(error, self._served.device)
             if isinstance(error, DeviceLost):
@@ -100,10 +141,8 @@ class Loras:
         if not self._served.card.lora_modules:
             raise RequestError("LoRA is not enabled for this pipeline.", code="lora_not_supported")
 
-    def _set(self, uses: tuple[LoraUse, ...], *, merged: bool) -> None:
-        adapters = self._library.get(uses, look_again=True)
-        by_nickname = {adapter.nickname: adapter for adapter in adapters}
-        sets = self._place(uses, by_nickname)
+    def _set(self, uses: tuple[LoraUse, ...], adapters: Adapters, *, merged: bool) -> None:
+        sets = self._place(uses, adapters)
         before = {name: serving.weights.merged for name, serving in self.modules.items()}
         try:
             for name, serving in self.modules.items():
@@ -112,7 +151,7 @@ class Loras:
             for name, serving in self.modules.items():
                 serving.weights.switch(before[name])
             raise
-        self._active, self._uses, self._merged, self._sets = by_nickname, uses, merged, sets
+        self._active, self._merged, self._sets = adapters, merged, sets
         self._library.shrink()
 
     def merged(self) -> dict[str, Key]:
@@ -122,19 +161,22 @@ class Loras:
     # --- adapters and their places
 
     def _load(self, use: LoraUse) -> Adapter:
+        """Read and convert a file, in the reader's thread: of the model it looks at names, types and shapes only."""
+        self._check_support()
         assert self._names is not None
-        adapter = build(use.nickname, use.path, read(use.path), self._served.pipeline, self._names)
+        file = read(use.path, self._file_bytes)
+        adapter = build(use.nickname, use.path, file, self._served.pipeline, self._names)
         logger.info("loaded LoRA %s: rank %d, %d MB", use.nickname, adapter.rank, adapter.size_bytes // 1_000_000)
         return adapter
 
     def _versions_in_use(self) -> set[int]:
         return self._versions_of_jobs() | {adapter.version for adapter in self._active.values()}
 
-    def _place(self, uses: Sequence[LoraUse], by_nickname: Mapping[str, Adapter]) -> dict[str, ModuleLoras]:
+    def _place(self, uses: Sequence[LoraUse], adapters: Adapters) -> dict[str, ModuleLoras]:
         """Return what each module gets, in the order of merging. A target that this model lacks gets nothing."""
         entries: dict[str, list[Entry]] = {}
         for use in uses:
-            adapter = by_nickname[use.nickname]
+            adapter = adapters[use.nickname]
             wanted = self._modules_of(use.target)
             parts = {name: part for name in wanted if (part := self._part_for(name, adapter)) is not None}
             if wanted and not parts:
