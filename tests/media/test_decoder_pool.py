@@ -188,6 +188,23 @@ def test_a_bomb_of_zeroes_is_refused_though_it_is_a_whole_picture(decoding, tmp_
     assert decoding.refusal(data, tmp_path).code == "image_too_large"
 
 
+def test_a_profile_that_unpacks_to_hundreds_of_megabytes_is_refused(decoding, tmp_path):
+    plain = saved(gradient(64, 64))
+    body = b"sRGB\0\0" + zlib.compress(bytes(300_000_000), 1)
+    chunk = struct.pack(">I", len(body)) + b"iCCP" + body + struct.pack(">I", zlib.crc32(b"iCCP" + body))
+    after_header = 8 + 25
+    refused = decoding.refusal(plain[:after_header] + chunk + plain[after_header:], tmp_path)
+    assert refused.code == "invalid_image"
+    assert decoding.decode(plain, tmp_path).size == (64, 64)
+
+
+def test_exif_that_is_none_costs_nothing_but_itself(decoding, tmp_path):
+    picture = gradient(64, 64)
+    for exif in (b"\xff" * 60_000, b"MM\0*\xff\xff\xff\xff", b"MM\0*\0\0\0\x08\xff\xff" + bytes(60_000)):
+        taken = decoding.decode(saved(picture, "JPEG", quality=95, exif=b"Exif\0\0" + exif), tmp_path)
+        assert np.asarray(taken) == pytest.approx(np.asarray(picture), abs=12)
+
+
 @pytest.mark.parametrize("format", ["PNG", "WEBP"])
 def test_animations_are_refused_by_their_number_of_frames(decoding, tmp_path, format):
     frames = [Image.new("RGB", (64, 64), colour) for colour in ("red", "green", "blue")]

@@ -12,6 +12,7 @@ import psutil
 import pytest
 from PIL import Image
 
+from media.test_decoder_pool import png_of_size, saved
 from net.web import Web, endless, lead_to, say
 from photogram.jobs import inputs as input_folders
 from photogram.server.edits import VARIATION_STRENGTH
@@ -139,16 +140,18 @@ def test_urls_to_the_inside_are_refused_before_any_work(server, pictures, case):
 def test_redirects_endless_bodies_and_other_files_are_refused(deploy, pictures):
     pictures.pages |= {
         "/inside": lead_to("http://169.254.169.254/"),
+        "/circle": lead_to("/circle"),
         "/endless": endless,
         "/page": say(b"<html>no picture</html>", content_type="image/png"),
     }
     server = deploy(allow_url_host=(f"127.0.0.1:{pictures.port}",), max_upload_mb=1)
     codes = [
         error_of(server.post(EDITS, json={"prompt": "x", "url": pictures.url + path}))
-        for path in ("/inside", "/endless", "/page", "/nothing")
+        for path in ("/inside", "/circle", "/endless", "/page", "/nothing")
     ]
     assert codes == [
         (400, "url", "url_not_allowed"),
+        (400, "url", "url_fetch_failed"),
         (413, "url", "request_too_large"),
         (400, "url", "invalid_image"),
         (400, "url", "url_fetch_failed"),
@@ -212,6 +215,49 @@ def test_names_of_files_are_never_paths(server):
         assert server.post(EDITS, **parts).status_code == 200
     assert list(root.rglob("*evil*")) == []
     assert not os.path.exists("/etc/cron.d/evil")
+
+
+HOSTILE = {
+    "a header of 100,000 x 100,000": (lambda: png_of_size(100_000, 100_000), "image_too_large"),
+    "400 million black pixels": (lambda: saved(Image.new("1", (20_000, 20_000))), "image_too_large"),
+    "an animation": (
+        lambda: saved(Image.new("L", (64, 48)), "WEBP", save_all=True, append_images=[Image.new("L", (64, 48), 255)]),
+        "invalid_image",
+    ),
+    "svg": (lambda: b'<svg xmlns="http://www.w3.org/2000/svg" width="64" height="64"/>', "invalid_image"),
+    "gif": (lambda: saved(Image.new("P", (64, 48)), "GIF"), "invalid_image"),
+    "pdf": (lambda: saved(Image.new("RGB", (64, 48)), "PDF"), "invalid_image"),
+    "mp4": (lambda: bytes.fromhex("0000001c6674797069736f6d") + bytes(200), "invalid_image"),
+    "a cut-off png": (lambda: png()[:60], "invalid_image"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_uploads_are_judged_by_what_is_in_them(server, case):
+    make, code = HOSTILE[case]
+    answer = server.post(EDITS, data={"prompt": "x"}, files={"image": ("a.png", make(), "image/png")})
+    assert error_of(answer) == (400, "image", code)
+    assert inputs_left(server) == []
+
+
+def test_of_a_picture_with_something_behind_it_only_the_pixels_come_to_the_worker(server):
+    polyglot = png("lime") + b"PK\x03\x04<script>alert(1)</script>"
+    answered = edit_in_background(server, data={"prompt": "hold"}, files={"image": polyglot})
+    wait_until(lambda: server.engine.num_running == 1)
+    (request,) = (server.engine.seen[job_id] for job_id in server.engine._jobs)
+    content = Path(request.images[0]).read_bytes()
+    server.engine.released.set()
+    assert answered.result().status_code == 200
+    assert Image.open(io.BytesIO(content)).getpixel((3, 3)) == (0, 255, 0)
+    assert b"script" not in content
+
+
+def test_no_file_is_written_where_a_client_says(server, tmp_path):
+    wanted = tmp_path / "of-a-client"
+    paths = {name: str(wanted) for name in ("output_path", "save_disk_path", "save_result_path", "perf_dump_path")}
+    assert server.post(json={"prompt": "x", **paths}).status_code == 200
+    assert server.post(EDITS, data={"prompt": "x", **paths}, files={"image": png()}).status_code == 200
+    assert not wanted.exists()
 
 
 def test_uploads_that_are_refused_leave_no_descriptor_open(server):

@@ -11,7 +11,7 @@ from photogram.core.errors import ConfigError, NotFound, StorageFailed
 from photogram.storage.local import LocalStorage
 from photogram.storage.object_store import ObjectStorage
 
-from .weed import SECRET
+from .weed import SECRET, Weed
 
 DATA = os.urandom(3_000_000)
 
@@ -193,6 +193,33 @@ def test_the_stores_death_loses_nothing(reached, url, tmp_path):
         await storage.close()
 
     asyncio.run(story())
+
+
+@pytest.mark.long
+def test_a_store_whose_disk_is_full_gets_the_file_when_there_is_space_again(url, tmp_path, monkeypatch, caplog):
+    full = Weed(tmp_path / "weed").start(full=True)
+    for name, value in full.env.items():
+        monkeypatch.setenv(name, value)
+
+    async def story() -> None:
+        storage, key = ObjectStorage(url, LocalStorage(tmp_path / "files"), first_wait_s=0.2), new_key()
+        await storage.put(key, DATA, "image/png")
+        async with asyncio.timeout(120):
+            while f"{key} is not uploaded" not in caplog.text:
+                await asyncio.sleep(0.05)
+        assert (storage.num_waiting, await storage.url(key, 60)) == (1, None)
+        assert await read_all(storage, key) == DATA
+        full.kill()
+        await asyncio.to_thread(full.start)
+        await until_uploaded(storage, 120)
+        assert files_of(tmp_path / "files") == []
+        assert await read_all(storage, key) == DATA
+        await storage.close()
+
+    try:
+        asyncio.run(story())
+    finally:
+        full.kill()
 
 
 @pytest.mark.parametrize("text", ["s3:/pictures", "ftp://pictures/x", "pictures", "s3://", "file:///tmp"])

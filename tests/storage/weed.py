@@ -41,7 +41,8 @@ class Weed:
         }
         self._process: subprocess.Popen[bytes] | None = None
 
-    def start(self) -> Weed:
+    def start(self, *, full: bool = False) -> Weed:
+        """Start it; when this returns objects can be written. On a `full` disk it answers, and none can."""
         ports = self._ports
         with (self._folder / "weed.log").open("ab") as log:
             self._process = subprocess.Popen(
@@ -51,16 +52,24 @@ class Weed:
                     f"-s3.config={self._folder / 's3.json'}", "-s3.port.iceberg=0", "-s3.port.lance=0",
                     f"-master.port={ports['master']}", f"-volume.port={ports['volume']}",
                     f"-filer.port={ports['filer']}", "-master.telemetry=false", "-master.volumeSizeLimitMB=64",
-                    "-volume.max=20",
+                    "-volume.max=20", f"-volume.minFreeSpace={100 if full else 1}",
                 ],
                 stdout=log, stderr=log, stdin=subprocess.DEVNULL,
             )  # fmt: skip
         deadline = time.monotonic() + 90
-        while not self._is_up():
+        while not (self._refuses() if full else self._is_up()):
             assert self._process.poll() is None, (self._folder / "weed.log").read_text()[-3000:]
             assert time.monotonic() < deadline, "SeaweedFS did not start"
             time.sleep(0.1)
         return self
+
+    def _refuses(self) -> bool:
+        """Whether it answers and has found that more of the disk is in use than it may fill."""
+        try:
+            httpx.get(self.endpoint, timeout=1)
+        except httpx.TransportError:
+            return False
+        return "disk free" in (self._folder / "weed.log").read_text()
 
     def _is_up(self) -> bool:
         """Whether a small object can be written, which needs every part of the server."""
