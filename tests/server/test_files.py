@@ -82,7 +82,7 @@ def test_files_survive_a_restart_and_leftovers_do_not(deploy, tmp_path):
     first = deploy()
     file_id = first.client().files.create(file=("a.png", png()), purpose="vision").id
     first.stop()
-    orphan = tmp_path / "data" / "uploads" / "ab" / "cd" / f"file_abcd{'0' * 28}.bin"
+    orphan = tmp_path / "data" / "uploads" / "ab" / f"file_abcd{'0' * 28}.bin"
     orphan.parent.mkdir(parents=True, exist_ok=True)
     orphan.write_bytes(b"half")
     second = deploy()

@@ -24,7 +24,7 @@ async def read_all(storage, key, start=0, end=None):
     return b"".join([chunk async for chunk in storage.read(key, start, end)])
 
 
-def test_a_file_is_kept_in_shards_and_read_back_by_a_later_server(tmp_path):
+def test_a_file_is_kept_in_one_of_many_folders_and_read_back_by_a_later_server(tmp_path):
     async def story():
         await LocalStorage(tmp_path).put(KEY, b"picture", "image/png")
         later = LocalStorage(tmp_path)
@@ -32,7 +32,7 @@ def test_a_file_is_kept_in_shards_and_read_back_by_a_later_server(tmp_path):
 
     size, data, path = asyncio.run(story())
     assert (size, data, path.read_bytes()) == (7, b"picture", b"picture")
-    assert files(tmp_path) == [f"01/23/{KEY}"]
+    assert files(tmp_path) == [f"01/{KEY}"]
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_a_full_disk_at_any_point_is_a_storage_failure_that_leaves_nothing(tmp_p
                 patch.setattr(os, failing, fail)
             with pytest.raises(StorageFailed, match="No space left"):
                 await storage.put(KEY, b"x" * 1000, "image/png")
-        assert files(tmp_path) == [f"f1/23/{OTHER}"]
+        assert files(tmp_path) == [f"f1/{OTHER}"]
         await storage.put(KEY, b"space again", "image/png")
         return await read_all(storage, KEY)
 
@@ -162,7 +162,7 @@ def test_a_really_full_disk_is_survived(tmp_path):
             await storage.put(KEY, b"small", "image/png")
             with pytest.raises(StorageFailed, match="No space left"):
                 await storage.put(OTHER, bytes(1 << 20), "image/png")
-            assert files(tmp_path) == [f"01/23/{KEY}"]
+            assert files(tmp_path) == [f"01/{KEY}"]
             await storage.check_writable()
             await storage.put(OTHER, b"fits", "image/png")
             return await read_all(storage, OTHER)
@@ -184,7 +184,7 @@ def test_a_file_is_replaced_in_one_step_and_kept_when_its_replacement_fails(tmp_
         return await read_all(storage, KEY)
 
     assert asyncio.run(story()) == b"second"
-    assert files(tmp_path) == [f"01/23/{KEY}"]
+    assert files(tmp_path) == [f"01/{KEY}"]
 
 
 def test_what_a_crash_left_half_written_is_removed_at_the_next_start(tmp_path):

@@ -158,8 +158,12 @@ def set_synchronous(connection: Connection, *, promise: bool) -> None:
     Without the disk a commit survives the death of the process but not a power cut. Other databases than SQLite
     decide for themselves. To be called before the transaction's first statement.
     """
-    if connection.dialect.name == "sqlite":
-        connection.exec_driver_sql(f"PRAGMA synchronous = {'FULL' if promise else 'NORMAL'}")
+    if connection.dialect.name != "sqlite":
+        return
+    wanted = "FULL" if promise else "NORMAL"
+    if connection.info.get("synchronous") != wanted:
+        connection.exec_driver_sql(f"PRAGMA synchronous = {wanted}")
+        connection.info["synchronous"] = wanted
 
 
 def _set_pragmas(connection: sqlite3.Connection, _: ConnectionPoolEntry) -> None:

@@ -1,29 +1,28 @@
 """The durable list of jobs: what was accepted is here before its client hears of it.
 
-SQLAlchemy Core on SQLite by default; the statements are portable. All SQL runs in one thread of the store's own, so
-the event loop never waits for a disk. A caller that is cancelled while it waits may find its change made.
+SQLAlchemy Core on SQLite by default; the statements are portable. A caller that is cancelled while it waits may find
+its change made.
 """
 
 from __future__ import annotations
 
-import asyncio
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import msgspec
-from sqlalchemy import URL, Connection, Engine, RowMapping, delete, func, insert, select, update
-from sqlalchemy.exc import DBAPIError, IntegrityError
+from sqlalchemy import URL, Connection, RowMapping, Update, bindparam, delete, func, insert, or_, select, update
 
-from ..core.errors import Conflict, NotFound, RequestError, StorageFailed
+from ..core.errors import NotFound, RequestError
 from ..core.request import GenerateRequest, JSONValue, OutputSpec
 from .announce import announce
 from .record import FINISHED, TRANSITIONS, UNFINISHED, IllegalTransition, JobKind, JobRecord, JobState
-from .schema import jobs, lock_folder, open_database, set_synchronous
+from .schema import jobs, lock_folder, open_database
+from .transactions import Transactions
 
 Result = TypeVar("Result")
 
@@ -36,6 +35,9 @@ _JSON: dict[str, Any] = {
     "facts": dict[str, JSONValue],
 }
 MAX_PAGE = 1000
+# Statements of every job's way are built once: building them anew costs more than the database takes to run them.
+_INSERT = insert(jobs)
+_GET = select(jobs).where(jobs.c.job_id == bindparam("job"))
 _REMEMBERED_DELETIONS = 10_000
 
 
@@ -63,18 +65,19 @@ class JobStore:
         """Open the database, made when it is new. Raises ConfigError when it cannot be used."""
         self._clock = clock
         self._lock = lock
-        self._engine: Engine = open_database(url)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="photogram-store")
+        self._transactions = Transactions(open_database(url))
         self._deleted: dict[str, _Place] = {}
 
     async def create(self, records: Sequence[JobRecord]) -> None:
-        """Keep new jobs, all or none; when this returns they survive a power cut.
+        """Keep new jobs, all or none; when this returns they survive this process, and such as outlive their client a
+        power cut too.
 
         Raises Conflict when the owner has used the idempotency key before, StorageFailed when the disk refuses.
         """
         rows = [_row(record) for record in records]
         if rows:
-            await self._run(lambda connection: _insert(connection, rows), promise=True)
+            promise = any(record.outlives_client for record in records)
+            await self._run(lambda connection: _insert(connection, rows), promise=promise)
 
     async def move(
         self,
@@ -119,7 +122,7 @@ class JobStore:
         }
         known: dict[str, Any] = {name: value for name, value in changes.items() if value is not None}
         if interrupted:
-            known["interruptions"] = jobs.c.interruptions + 1
+            known["interruptions"] = 1
         return await self._run(lambda connection: _move(connection, job_id, to, known), promise=to in FINISHED)
 
     async def get(self, job_id: str) -> JobRecord:
@@ -263,33 +266,12 @@ class JobStore:
 
     async def close(self) -> None:
         """Finish what was asked for, close the database and let the next server have the folder."""
-        loop = asyncio.get_running_loop()
-        await loop.run_in_executor(self._thread, self._engine.dispose)
-        self._thread.shutdown(wait=True)
+        await self._transactions.close()
         if self._lock is not None:
             os.close(self._lock)
 
     async def _run(self, work: Callable[[Connection], Result], *, promise: bool = False) -> Result:
-        loop = asyncio.get_running_loop()
-        try:
-            future = loop.run_in_executor(self._thread, self._transaction, work, promise)
-        except RuntimeError as error:
-            raise StorageFailed("the job store is closed, the server is stopping.") from error
-        return await future
-
-    def _transaction(self, work: Callable[[Connection], Result], promise: bool) -> Result:
-        try:
-            with self._engine.connect() as connection:
-                set_synchronous(connection, promise=promise)
-                result = work(connection)
-                connection.commit()
-                return result
-        except IntegrityError as error:
-            raise Conflict(f"the job exists already, or its idempotency key was used ({error.orig}).") from error
-        except DBAPIError as error:
-            raise StorageFailed(f"the job store failed: {error.orig}.") from error
-        except msgspec.MsgspecError as error:
-            raise StorageFailed(f"the job store holds a job that cannot be read: {error}.") from error
+        return await self._transactions.run(work, promise=promise)
 
 
 def open_store(data_dir: Path, *, clock: Callable[[], float] = time.time) -> JobStore:
@@ -308,26 +290,39 @@ def open_store(data_dir: Path, *, clock: Callable[[], float] = time.time) -> Job
 
 
 def _insert(connection: Connection, rows: Sequence[Mapping[str, object]]) -> None:
-    connection.execute(insert(jobs), rows)
+    connection.execute(_INSERT, rows)
+
+
+@cache
+def _moving(to: JobState, changed: frozenset[str]) -> Update:
+    """Return the statement that moves a job to a state and sets these columns, and returns the row that it moved.
+
+    The check and the change are one statement: of two writers the second finds no row to change.
+    """
+    sources = [state for state, following in TRANSITIONS.items() if to in following]
+    may_move = or_(*(jobs.c.state == source for source in sources))
+    values: dict[str, Any] = {name: bindparam(f"new_{name}") for name in changed}
+    if to == "running":
+        values["attempts"] = jobs.c.attempts + 1
+    if "interruptions" in changed:
+        values["interruptions"] = jobs.c.interruptions + bindparam("new_interruptions")
+    return update(jobs).where(jobs.c.job_id == bindparam("job"), may_move).values(state=to, **values).returning(*jobs.c)
 
 
 def _move(connection: Connection, job_id: str, to: JobState, changes: Mapping[str, Any]) -> JobRecord:
-    sources = [state for state, following in TRANSITIONS.items() if to in following]
-    # The check and the change are one statement: whoever comes second finds no row to change.
-    statement = update(jobs).where(jobs.c.job_id == job_id, jobs.c.state.in_(sources)).values(state=to, **changes)
-    if to == "running":
-        statement = statement.values(attempts=jobs.c.attempts + 1)
-    won = connection.execute(statement).rowcount == 1
-    record = _get(connection, job_id)
-    if not won:
-        raise IllegalTransition(job_id, record.state, to)
+    """Move a job. `changes` are new values by column, of `interruptions` how many are added."""
+    known = {"job": job_id} | {f"new_{name}": value for name, value in changes.items()}
+    row = connection.execute(_moving(to, frozenset(changes)), known).mappings().one_or_none()
+    if row is None:
+        raise IllegalTransition(job_id, _get(connection, job_id).state, to)
+    record = _record(row)
     if record.is_finished:
         announce(connection, record)
     return record
 
 
 def _get(connection: Connection, job_id: str) -> JobRecord:
-    row = connection.execute(select(jobs).where(jobs.c.job_id == job_id)).mappings().one_or_none()
+    row = connection.execute(_GET, {"job": job_id}).mappings().one_or_none()
     if row is None:
         raise NotFound(f"no job '{job_id}'.")
     return _record(row)

@@ -25,7 +25,7 @@ from .provenance import Provenance, clip_texts, xmp_packet
 # x264's decisions depend on its number of threads, so it is a constant and not the machine's.
 _THREADS = 4
 # Macroblock-tree rate control gives other bytes at every run on processors with AVX-512; it would save a sixth.
-_X264 = {"preset": "fast", "x264-params": "mbtree=0"}
+_X264 = {"preset": "superfast", "x264-params": "mbtree=0"}
 _KEYFRAME_S = 2
 # Without its flags swscale takes a shortcut for colours that is off by a tenth of a level.
 SCALING = (

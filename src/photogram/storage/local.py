@@ -1,4 +1,8 @@
-"""Files in a folder of this machine: ``<root>/ab/cd/<key>`` by the first digits of the key's random part."""
+"""Files in a folder of this machine: ``<root>/ab/<key>`` by the first digits of the key's random part.
+
+256 folders keep each at a few thousand files for a million results, and are soon all there: making a folder last waits
+for the disk once more.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +75,7 @@ class LocalStorage:
 
     async def keys(self) -> list[str]:
         """Return the keys of all files, in no order."""
-        return await asyncio.to_thread(lambda: [path.name for path in self._root.glob("??/??/*")])
+        return await asyncio.to_thread(lambda: [path.name for path in self._root.glob("??/*") if path.is_file()])
 
     async def url(self, key: str, seconds: int) -> str | None:
         return None
@@ -91,7 +95,7 @@ class LocalStorage:
 
     def _path(self, key: str) -> Path:
         digits = check_key(key).partition("_")[2]
-        return self._root / digits[:2] / digits[2:4] / key
+        return self._root / digits[:2] / key
 
     def _put(self, path: Path, data: bytes | IO[bytes]) -> None:
         # Two writers of one key must not share a partial file.
