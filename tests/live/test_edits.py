@@ -2,6 +2,7 @@
 
 import base64
 import io
+import itertools
 import json
 import re
 import time
@@ -12,6 +13,7 @@ import numpy as np
 import openai
 import pytest
 from PIL import Image
+from tools.demo_models.score import parse_prompt, score_image
 
 from .test_seed_examples import shell
 
@@ -34,6 +36,11 @@ def png(picture: Image.Image, format: str = "PNG") -> bytes:
     file = io.BytesIO()
     picture.save(file, format)
     return file.getvalue()
+
+
+def distance(one: Image.Image, other: Image.Image) -> float:
+    """Mean difference of the pixels, from 0 to 255."""
+    return float(np.abs(np.asarray(one).astype(int) - np.asarray(other)).mean())
 
 
 @pytest.fixture(scope="module")
@@ -127,26 +134,35 @@ def test_stream_has_the_edits_own_events(live_server, drawn):
     assert [event.type for event in events] == ["image_edit.partial_image"] * 2 + ["image_edit.completed"]
 
 
-def test_variations_are_near_the_picture_and_differ_by_their_seed(live_server, drawn):
-    answer = live_server.client().images.create_variation(
-        image=png(drawn), n=2, size="256x256", response_format="b64_json", extra_body={"seed": 1}
+def test_variations_show_what_the_picture_shows_and_differ_by_their_seed(live_server, drawn):
+    client, spec = live_server.client(), parse_prompt("a red circle on a blue background")
+    answer = client.images.create_variation(
+        image=png(drawn), n=3, size="256x256", response_format="b64_json", extra_body={"seed": 1}
     )
-    pictures = [np.asarray(opened(item.b64_json)).astype(int) for item in answer.data]
-    original = np.asarray(drawn).astype(int)
-    assert [item.seed for item in answer.data] == [1, 2]
-    for picture in pictures:
-        assert 0.5 < np.abs(picture - original).mean() < 60
-    assert np.abs(pictures[0] - pictures[1]).mean() > 0.5
+    variations = [opened(item.b64_json) for item in answer.data]
+    assert [item.seed for item in answer.data] == [1, 2, 3]
+    for variation in variations:
+        verdict = score_image(variation, spec)
+        assert (verdict.background, verdict.colour) == (True, True)
+    # On the same background, so that what differs is the thing alone.
+    others = [f"a {other} on a blue background" for other in ("yellow star", "green square", "white heart")]
+    unrelated = [
+        opened(client.images.generate(prompt=one, size="256x256", extra_body={"seed": 1}).data[0].b64_json)
+        for one in others
+    ]
+    assert max(distance(drawn, one) for one in variations) < 0.6 * min(distance(drawn, one) for one in unrelated)
+    for one, other in itertools.combinations(variations, 2):
+        assert distance(one, other) > 0.3
 
 
 def test_strength_says_how_far_an_edit_goes(live_server, drawn):
-    def distance(strength: float) -> float:
+    def reached(strength: float) -> float:
         answer = live_server.client().images.edit(
             image=png(drawn), prompt="a red circle", extra_body={"seed": 1, "strength": strength, "steps": 8}
         )
-        return np.abs(np.asarray(opened(answer.data[0].b64_json)).astype(int) - np.asarray(drawn)).mean()
+        return distance(drawn, opened(answer.data[0].b64_json))
 
-    assert distance(0.2) < distance(1.0)
+    assert reached(0.2) < reached(1.0)
     refused = post(live_server, data={"prompt": "x", "strength": "1.5"}, files={"image": ("a.png", png(drawn))})
     assert error_of(refused)["param"] == "strength"
 
