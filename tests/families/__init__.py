@@ -13,12 +13,14 @@ import transformers
 from .edit import EDIT_FAMILIES
 from .family import Family
 from .image import IMAGE_FAMILIES
+from .ltx2 import LTX_2_FAMILIES
 from .quiet import quiet
 from .stable_diffusion import STABLE_DIFFUSION_FAMILIES
 from .video import VIDEO_FAMILIES
 
 FAMILIES: Mapping[str, Family] = {
-    family.name: family for family in (*STABLE_DIFFUSION_FAMILIES, *IMAGE_FAMILIES, *VIDEO_FAMILIES, *EDIT_FAMILIES)
+    family.name: family
+    for family in (*STABLE_DIFFUSION_FAMILIES, *IMAGE_FAMILIES, *VIDEO_FAMILIES, *LTX_2_FAMILIES, *EDIT_FAMILIES)
 }
 
 

@@ -8,6 +8,8 @@ from transformers import (
     CLIPVisionModel,
     Gemma2Config,
     Gemma2Model,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
     PreTrainedTokenizerBase,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
@@ -95,6 +97,36 @@ def gemma2(tokenizer: PreTrainedTokenizerBase, *, seed: int) -> Gemma2Model:
         pad_token_id=tokenizer.pad_token_id,
     )
     return randomise(Gemma2Model(config), seed=seed)
+
+
+def gemma3(tokenizer: PreTrainedTokenizerBase, *, layers: int, seed: int) -> Gemma3ForConditionalGeneration:
+    """With its half that sees, which LTX-2's checkpoint has and its pipeline does not use."""
+    config = Gemma3Config(
+        text_config={
+            "vocab_size": len(tokenizer),
+            "hidden_size": WIDTH,
+            "intermediate_size": 2 * WIDTH,
+            "num_hidden_layers": layers,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "head_dim": 16,
+            "query_pre_attn_scalar": 16,
+            "sliding_window": 64,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        },
+        vision_config={
+            "hidden_size": WIDTH,
+            "intermediate_size": 2 * WIDTH,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 32,
+            "patch_size": 8,
+        },
+        mm_tokens_per_image=4,
+    )
+    return randomise(Gemma3ForConditionalGeneration(config), seed=seed)
 
 
 def qwen3_config(tokenizer: PreTrainedTokenizerBase, *, layers: int, width: int = WIDTH) -> Qwen3Config:

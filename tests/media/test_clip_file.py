@@ -130,6 +130,18 @@ def test_what_only_begins_like_a_clip_is_refused():
         read_provenance(b"\0\0\0\x18ftypisom" + bytes(100))
 
 
+def test_sound_that_ends_early_is_followed_by_silence(frames):
+    rate = 24000
+    tone = np.full((rate // 4, 1), 0.5, np.float32) * np.sin(np.arange(rate // 4) / 10, dtype=np.float32)[:, None]
+    data = encode_mp4(frames, 192, 128, 16, 50, None, Sound(tone, rate))
+    with av.open(io.BytesIO(data)) as container:
+        stream = container.streams.audio[0]
+        assert float(stream.duration * stream.time_base) == pytest.approx(17 / 16, abs=1 / 16)
+        heard = np.concatenate([frame.to_ndarray() for frame in container.decode(stream)], axis=1)[0]
+    assert np.abs(heard[: rate // 4]).max() > 0.3
+    assert np.abs(heard[rate // 2 :]).max() < 0.01
+
+
 @pytest.mark.parametrize("channels", [1, 2])
 def test_sound_is_an_aac_track_as_long_as_the_picture(frames, channels):
     rate = 24000

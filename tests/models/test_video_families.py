@@ -5,25 +5,31 @@ import pytest
 from photogram.models.families import DEFAULTS, checkpoint_defaults
 from worker.drawing import Studio
 
+
+def heads(count: int) -> dict[str, int]:
+    return {"num_attention_heads": count}
+
+
 CHECKPOINTS = {
-    # class, what its configuration says, heads -> width, height, frames, fps, steps, guidance
-    "Wan2.1-T2V-1.3B": ("WanPipeline", {}, 12, (832, 480, 81, 16, 50, 3.0)),
-    "Wan2.1-T2V-14B": ("WanPipeline", {}, 40, (1280, 720, 81, 16, 50, 5.0)),
-    "Wan2.1-I2V-14B": ("WanImageToVideoPipeline", {}, 40, (832, 480, 81, 16, 50, 5.0)),
-    "Wan2.2-TI2V-5B": ("WanPipeline", {"expand_timesteps": True}, 24, (1280, 704, 121, 24, 50, 5.0)),
-    "Wan2.2-T2V-A14B": ("WanPipeline", {"boundary_ratio": 0.875}, 40, (1280, 720, 81, 16, 40, 4.0)),
-    "Wan2.2-I2V-A14B": ("WanImageToVideoPipeline", {"boundary_ratio": 0.9}, 40, (1280, 720, 81, 16, 40, 3.5)),
-    "LTX-Video": ("LTXPipeline", {}, 32, (704, 480, 161, 25, 50, 3.0)),
-    "LTX-2": ("LTX2Pipeline", {}, 32, (768, 512, 121, 24, 40, 4.0)),
-    "HunyuanVideo-1.5": ("HunyuanVideo15Pipeline", {}, 16, (848, 480, 121, 24, 50, None)),
-    "CogVideoX-5b": ("CogVideoXPipeline", {}, 48, (720, 480, 49, 8, 50, 6.0)),
+    # class, what its configuration says, and its denoiser's -> width, height, frames, fps, steps, guidance
+    "Wan2.1-T2V-1.3B": ("WanPipeline", {}, heads(12), (832, 480, 81, 16, 50, 3.0)),
+    "Wan2.1-T2V-14B": ("WanPipeline", {}, heads(40), (1280, 720, 81, 16, 50, 5.0)),
+    "Wan2.1-I2V-14B": ("WanImageToVideoPipeline", {}, heads(40), (832, 480, 81, 16, 50, 5.0)),
+    "Wan2.2-TI2V-5B": ("WanPipeline", {"expand_timesteps": True}, heads(24), (1280, 704, 121, 24, 50, 5.0)),
+    "Wan2.2-T2V-A14B": ("WanPipeline", {"boundary_ratio": 0.875}, heads(40), (1280, 720, 81, 16, 40, 4.0)),
+    "Wan2.2-I2V-A14B": ("WanImageToVideoPipeline", {"boundary_ratio": 0.9}, heads(40), (1280, 720, 81, 16, 40, 3.5)),
+    "LTX-Video": ("LTXPipeline", {}, heads(32), (704, 480, 161, 25, 50, 3.0)),
+    "LTX-2": ("LTX2Pipeline", {}, {"use_prompt_embeddings": True}, (768, 512, 121, 24, 40, 4.0)),
+    "LTX-2.3": ("LTX2Pipeline", {}, {"use_prompt_embeddings": False}, (768, 512, 121, 24, 30, 3.0)),
+    "HunyuanVideo-1.5": ("HunyuanVideo15Pipeline", {}, heads(16), (848, 480, 121, 24, 50, None)),
+    "CogVideoX-5b": ("CogVideoXPipeline", {}, heads(48), (720, 480, 49, 8, 50, 6.0)),
 }
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_checkpoint_has_its_makers_defaults(name):
-    pipeline_class, config, heads, expected = CHECKPOINTS[name]
-    found = checkpoint_defaults(pipeline_class, DEFAULTS[pipeline_class], config, heads)
+    pipeline_class, config, denoiser, expected = CHECKPOINTS[name]
+    found = checkpoint_defaults(pipeline_class, DEFAULTS[pipeline_class], config, denoiser)
     assert (found.width, found.height, found.frames, found.fps, found.steps, found.guidance) == expected
 
 
@@ -34,6 +40,7 @@ CARDS = {
     "wan-2.2-ti2v": (32, 4, 1280, 704, 121, 24, 50, 5.0),
     "wan-2.1-i2v": (16, 4, 832, 480, 81, 16, 50, 3.0),
     "ltx": (32, 8, 704, 480, 161, 25, 50, 3.0),
+    "ltx-2": (32, 8, 768, 512, 121, 24, 30, 3.0),
     "hunyuan-video-1.5": (16, 4, 848, 480, 121, 24, 50, None),
     "cogvideox": (16, 4, 720, 480, 49, 8, 50, 6.0),
 }

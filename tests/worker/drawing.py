@@ -14,7 +14,7 @@ from photogram.core.config import ServeConfig
 from photogram.core.messages import Began, Failed, Finished, Preview, ToHost
 from photogram.core.request import GenerateRequest
 from photogram.models.derive import guidance_parameter
-from photogram.worker.arguments import to_frames
+from photogram.worker.arguments import to_frames, to_sound
 from photogram.worker.fibers import Call
 from photogram.worker.job import Job
 from photogram.worker.loading import load
@@ -29,6 +29,7 @@ class Drawn:
     latents: torch.Tensor | None = None
     failure: Failed | None = None
     previews: list[np.ndarray] = field(default_factory=list)
+    sound: np.ndarray | None = None  # float32 (samples, channels), of a pipeline run by itself
 
 
 class Ticks:
@@ -50,7 +51,7 @@ class WatchedWorker(Worker):
         self.latents: dict[str, torch.Tensor] = {}
 
     def _wait_at(self, job: Job, call: Call) -> None:
-        if call.module.phase(call.method) == "decode":
+        if call.module.name == "vae" and call.method == "decode":
             self.latents[job.job_id] = decoder_input(call.args, call.kwargs)
         super()._wait_at(job, call)
 
@@ -145,6 +146,8 @@ def draw_alone(
         arguments[guidance_parameter(parameters)] = request.guidance_scale
     if request.num_frames is not None:
         arguments["num_frames"] = request.num_frames
+    if request.fps is not None:
+        arguments["frame_rate"] = request.fps
     if images:
         arguments["image"] = images[0] if len(images) == 1 else list(images)
     if "use_resolution_binning" in parameters:
@@ -160,9 +163,12 @@ def draw_alone(
 
     pipeline.vae.decode = noting_decode
     try:
-        drawn.frames = to_frames(pipeline(**arguments))
+        result = pipeline(**arguments)
     finally:
         pipeline.vae.decode = decode
+    drawn.frames = to_frames(result)
+    sound = to_sound(pipeline, result)
+    drawn.sound = None if sound is None else sound[0]
     return drawn
 
 

@@ -80,6 +80,7 @@ CASES = [
     ("z-image", "redraw", "ZImageImg2ImgPipeline"),
     ("z-image", "inpaint", "ZImageInpaintPipeline"),
     ("ltx", "image", "LTXImageToVideoPipeline"),
+    ("ltx-2", "image", "LTX2ImageToVideoPipeline"),
     ("wan-2.1", "clip", "WanVideoToVideoPipeline"),
     ("wan-2.2-ti2v", "image", "WanImageToVideoPipeline"),
     ("cogvideox", "clip", "CogVideoXVideoToVideoPipeline"),
@@ -116,7 +117,8 @@ def test_each_use_gives_what_its_own_class_gives(name, use, class_name, family_f
     stacking = Studio(family_folder(name), tmp_path, max_batch_size=8)
     stacked = stacking.draw(requests)
     sizes = [len(jobs) for jobs in stacking.passes(*FAMILIES[name].denoisers)]
-    assert max(sizes) > 1, f"no forward pass was shared: {sizes}"
+    # LTX-2's class takes one picture, so what two would look like cannot be learnt: its jobs take turns.
+    assert (max(sizes) > 1) == ((name, use) != ("ltx-2", "image")), f"passes of {sizes} jobs"
     for job_id, reference in alone.items():
         assert relative_error(stacked[job_id].latents, reference.latents) < STACKED_TOLERANCE
 
@@ -182,7 +184,7 @@ def test_what_is_encoded_for_the_solver_is_decoded_as_the_source(name, family_fo
     request = requests_of(name)[0]
     pipeline = DiffusionPipeline.from_pretrained(family_folder(name))
     if not knows_latents(pipeline):
-        assert name == "cogvideox"  # which has a class for it
+        assert name in ("cogvideox", "ltx-2")  # of which one has a class for it, the other makes sound as well
         return
     picture_HWC = np.asarray(picture(width=request.width, height=request.height))
     pixels = torch.tensor(picture_HWC).permute(2, 0, 1)[None] / 127.5 - 1
@@ -259,6 +261,7 @@ def test_card_tells_what_the_model_can(family_folder, tmp_path):
         "z-image": (("T2I", "I2I"), True, True, 1),
         "sana": (("T2I", "I2I"), True, True, 1),
         "ltx": (("TI2V", "T2V", "I2V", "V2V"), False, True, 1),
+        "ltx-2": (("TI2V", "T2V", "I2V"), False, False, 1),
         "hunyuan-video-1.5": (("T2V", "V2V"), False, True, 0),
         "cogvideox": (("T2V", "V2V"), False, True, 0),
         "wan-2.1": (("T2V", "V2V"), False, True, 0),

@@ -68,9 +68,9 @@ def encode_mp4(
 ) -> bytes:
     """Return RGB frames (H, W, 3) of one size as an MP4 file that plays while it loads.
 
-    Width and height must be even, because four pixels share one colour. Sound beyond the last frame is cut off. With
-    `provenance` None nothing is written of how the clip was made. Raises GenerationFailed for what the file cannot
-    hold.
+    Width and height must be even, because four pixels share one colour. Sound lasts as long as the frames: what is
+    beyond is cut off, what is missing is silence. With `provenance` None nothing is written of how the clip was made.
+    Raises GenerationFailed for what the file cannot hold.
     """
     if width % 2 or height % 2:
         raise GenerationFailed(f"a clip of {width}x{height}: the sides of an mp4 file must be even.")
@@ -154,6 +154,7 @@ def _audio_stream(container: OutputContainer, sound: Sound) -> AudioStream:
 
 def _write_sound(container: OutputContainer, stream: AudioStream, sound: Sound, num_samples: int) -> None:
     heard = np.clip(sound.samples[:num_samples].T, -1, 1)
+    heard = np.pad(heard, ((0, 0), (0, num_samples - heard.shape[1])))
     for start in range(0, heard.shape[1], _AAC_SAMPLES):
         planes = np.ascontiguousarray(heard[:, start : start + _AAC_SAMPLES], np.float32)
         frame = av.AudioFrame.from_ndarray(planes, format="fltp", layout=stream.layout.name)

@@ -68,9 +68,8 @@ def derive_card(
     parameters = inspect.signature(type(pipeline).__call__).parameters
     family = families.get(checkpoint.pipeline_class, FamilyDefaults())
     transformer = pipeline.components.get("transformer")
-    heads = None if transformer is None else transformer.config.get("num_attention_heads")
-    if families:
-        family = checkpoint_defaults(checkpoint.pipeline_class, family, pipeline.config, heads)
+    if families and transformer is not None:
+        family = checkpoint_defaults(checkpoint.pipeline_class, family, pipeline.config, transformer.config)
     media: Literal["image", "video"] = "video" if {"num_frames", "video"} & parameters.keys() else "image"
     multiple = size_multiple(pipeline)
     width, height = _default_size(pipeline, parameters, family, multiple)

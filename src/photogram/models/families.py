@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+from ..core.request import JSONValue
+
 
 @dataclass(frozen=True, slots=True)
 class PaddedText:
@@ -36,13 +38,13 @@ class FamilyDefaults:
     fps: int | None = None
     max_frames: int | None = None
     quality_steps: Mapping[str, int] = field(default_factory=dict)
-    defaults: Mapping[str, float] = field(default_factory=dict)  # of further parameters of the call
+    defaults: Mapping[str, JSONValue] = field(default_factory=dict)  # of further parameters of the call
     fp32: tuple[str, ...] = ()  # components kept in full precision where the rest is bf16
 
 
 # The makers' model cards, as of each family's first release.
 _LTX = FamilyDefaults(width=704, height=480, steps=50, guidance=3.0, frames=161, fps=25, max_frames=257)
-_LTX_2 = FamilyDefaults(width=768, height=512, steps=40, guidance=4.0, frames=121, fps=24, max_frames=481)
+_LTX_2 = FamilyDefaults(width=768, height=512, steps=30, guidance=3.0, frames=121, fps=24, max_frames=481)
 _HUNYUAN_15 = FamilyDefaults(width=848, height=480, steps=50, frames=121, fps=24, max_frames=129)
 _COGVIDEOX = FamilyDefaults(width=720, height=480, steps=50, guidance=6.0, frames=49, fps=8, max_frames=49)
 _WAN = FamilyDefaults(width=832, height=480, steps=50, guidance=5.0, frames=81, fps=16, max_frames=161, fp32=("vae",))
@@ -81,16 +83,25 @@ _SMALL_WAN_HEADS = 12  # of the 1.3B transformers; the 14B ones have 40
 
 
 def checkpoint_defaults(
-    pipeline_class: str, family: FamilyDefaults, config: Mapping[str, object], heads: int | None
+    pipeline_class: str, family: FamilyDefaults, config: Mapping[str, object], denoiser: Mapping[str, object]
 ) -> FamilyDefaults:
     """Return a family's defaults as they are for one of several checkpoints under the same class.
 
-    They are told apart by `config`, the pipeline's configuration, and `heads`, its transformer's number of attention
-    heads, never by a name.
+    They are told apart by the configurations of the pipeline and of its denoiser, never by a name.
     """
-    if pipeline_class not in ("WanPipeline", "WanImageToVideoPipeline"):
-        return family
-    takes_image = pipeline_class == "WanImageToVideoPipeline"
+    if pipeline_class in ("WanPipeline", "WanImageToVideoPipeline"):
+        return _wan_defaults(pipeline_class == "WanImageToVideoPipeline", family, config, denoiser)
+    if pipeline_class in ("LTX2Pipeline", "LTX2ImageToVideoPipeline") and denoiser.get("use_prompt_embeddings"):
+        # LTX-2.0. From 2.3 on the text is brought to each half's width before the denoiser, and the defaults of
+        # the pipeline's own call are right.
+        own = {"spatio_temporal_guidance_blocks": [29], "use_cross_timestep": False}
+        return replace(family, steps=40, guidance=4.0, defaults=own)
+    return family
+
+
+def _wan_defaults(
+    takes_image: bool, family: FamilyDefaults, config: Mapping[str, object], denoiser: Mapping[str, object]
+) -> FamilyDefaults:
     if config.get("expand_timesteps"):  # Wan 2.2 TI2V-5B
         return replace(family, width=1280, height=704, frames=121, fps=24, max_frames=241)
     if config.get("boundary_ratio") is not None:  # Wan 2.2 A14B: a transformer for each half, with its own guidance
@@ -98,7 +109,8 @@ def checkpoint_defaults(
             return replace(family, width=1280, height=720, steps=40, guidance=3.5)
         second = {"guidance_scale_2": 3.0}
         return replace(family, width=1280, height=720, steps=40, guidance=4.0, defaults=second)
-    if heads is not None and heads <= _SMALL_WAN_HEADS:  # Wan 2.1 1.3B, made for 480p
+    heads = denoiser.get("num_attention_heads")
+    if isinstance(heads, int) and heads <= _SMALL_WAN_HEADS:  # Wan 2.1 1.3B, made for 480p
         return replace(family, guidance=3.0)
     # 14B. Of image-to-video there is one for 480p and one for 720p, of equal configuration: the smaller size.
     return family if takes_image else replace(family, width=1280, height=720)

@@ -203,6 +203,8 @@ class Attendant:
         if output.format == "mp4":
             encoded = await self._media.encode_clip(finished.frames, output, provenance, finished.sound)
         else:
+            if finished.sound is not None:  # of a model of clips that draws one frame
+                self._discard(finished.sound)
             encoded = await self._media.encode_picture(finished.frames, output, provenance)
         if job.is_unwanted:
             raise _Unwanted

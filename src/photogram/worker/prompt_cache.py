@@ -8,7 +8,7 @@ computed again.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -98,7 +98,7 @@ def size_bytes(value: Any) -> int:
     if isinstance(value, PartialOutput):
         return size_bytes(list(value.fields.values()))
     if isinstance(value, Layers):
-        return size_bytes(list(value.kept.values()))
+        return sum(size_bytes(layer) for layer in tuple.__iter__(value))
     if isinstance(value, dict):
         return size_bytes(list(value.values()))
     if isinstance(value, list | tuple):
@@ -106,31 +106,47 @@ def size_bytes(value: Any) -> int:
     return 0
 
 
-class Layers:
-    """A tuple of layers of which some are kept; a layer that is missing is asked for anew."""
+class Layers(tuple[Any, ...]):
+    """A tuple of layers that notes which are read; a layer that is missing is asked for anew.
 
-    def __init__(self, layers: dict[int, Any], length: int, missing: Callable[[int], Any]) -> None:
-        self.kept = layers
-        self.read: set[int] = set()
-        self._length = length
-        self._missing = missing
+    Code below Python, such as `torch.stack`, reads the tuple itself, and nothing is noted. So where no reading was
+    noted all are kept.
+    """
 
-    def __len__(self) -> int:
-        return self._length
+    read: set[int]
+    _missing: Callable[[int], Any]
+    _asked_again: dict[int, Any]
 
-    def __getitem__(self, index: int | slice) -> Any:
+    def __new__(cls, layers: Iterable[Any], missing: Callable[[int], Any]) -> Layers:
+        made = super().__new__(cls, layers)
+        made.read, made._missing, made._asked_again = set(), missing, {}
+        return made
+
+    def pruned(self) -> Layers:
+        """Return the layers with None for those that nobody read."""
+        if not self.read:
+            return self
+        layers = enumerate(super().__iter__())
+        kept = Layers((layer if index in self.read else None for index, layer in layers), self._missing)
+        kept.read = self.read
+        return kept
+
+    def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
-            return tuple(self[i] for i in range(*index.indices(self._length)))
-        position = index + self._length if index < 0 else index
-        if not 0 <= position < self._length:
+            return tuple(self[i] for i in range(*index.indices(len(self))))
+        position = index + len(self) if index < 0 else index
+        if not 0 <= position < len(self):
             raise IndexError(index)
         self.read.add(position)
-        if position not in self.kept:
-            self.kept[position] = self._missing(position)
-        return self.kept[position]
+        layer = super().__getitem__(position)
+        if layer is not None:
+            return layer
+        if position not in self._asked_again:
+            self._asked_again[position] = self._missing(position)
+        return self._asked_again[position]
 
     def __iter__(self) -> Iterator[Any]:
-        return (self[i] for i in range(self._length))
+        return (self[i] for i in range(len(self)))
 
 
 class PartialOutput:
@@ -147,14 +163,15 @@ class PartialOutput:
         for name, value in output.items():
             self.fields[name] = value
             if isinstance(value, tuple) and value and all(isinstance(layer, torch.Tensor) for layer in value):
-                self.fields[name] = Layers(dict(enumerate(value)), len(value), self._missing_layer(name))
+                self.fields[name] = Layers(value, self._missing_layer(name))
 
     def prune(self) -> PartialOutput:
         """Drop every field and layer that nobody read so far."""
-        self.fields = {name: value for name, value in self.fields.items() if name in self._read}
-        for value in self.fields.values():
-            if isinstance(value, Layers):
-                value.kept = {index: layer for index, layer in value.kept.items() if index in value.read}
+        self.fields = {
+            name: value.pruned() if isinstance(value, Layers) else value
+            for name, value in self.fields.items()
+            if name in self._read
+        }
         return self
 
     def __getattr__(self, name: str) -> Any:
