@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 from typing import Literal
 
 import msgspec
 
-from ..core.errors import RequestError
-from .fields import Field, Values, shown
+from ..net.address import AllowedHosts, parse_url
+from .fields import Field, Values
 from .schemas import image_fields
 
 MAX_PAGE = 100
@@ -75,11 +74,11 @@ CLIP_FILE_FIELDS = {
 }
 
 
-def webhook_url(values: Values) -> str | None:
-    """Return who is told of the clip's end besides its owner. Raises RequestError for what is no address."""
+def webhook_url(values: Values, allowed: AllowedHosts) -> str | None:
+    """Return who is told of the clip's end besides its owner. Raises UrlRefused for what would never be told."""
     url = values.text("webhook_url") or None
-    if url is not None and not re.match(r"https?://[^/]", url):
-        raise RequestError(f"webhook_url {shown(url)}: must start with http:// or https://.", param="webhook_url")
+    if url is not None:
+        parse_url(url, allowed, "webhook_url")
     return url
 
 

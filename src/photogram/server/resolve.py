@@ -20,6 +20,7 @@ from ..core.request import GenerateRequest, ImageFormat, JSONValue, OutputSpec, 
 from ..jobs.record import new_id
 from ..media.image_file import check_side
 from ..media.quality import resolve_quality
+from ..net.address import AllowedHosts
 from .beginnings import Beginning, clip_task
 from .clip_schemas import clip_fields, webhook_url
 from .edits import edit_strength, edit_task, like, variation_strength
@@ -237,7 +238,7 @@ class Resolver:
             drawing=Drawing(request=request, output=output),
             model=model,
             length=length,
-            webhook_url=webhook_url(values),
+            webhook_url=webhook_url(values, AllowedHosts.parse(self.config.allow_url_host)),
             remixed_from=None if beginning is None else beginning.video_id,
             ignored=tuple(ignored),
             warnings=(*warnings, *loras.warnings),
