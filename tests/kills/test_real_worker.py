@@ -8,6 +8,7 @@ import random
 import sqlite3
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +34,7 @@ SETTINGS = {
 SEEDS = (1, 2)
 LIFE_S = 2.5  # about what two clips take
 LOAD_S = 4.0  # about what a worker takes to load
-WORKER_MOMENTS = ("accepted", "step", "step", "any", "loading")
+WORKER_MOMENTS = ("accepted", "loading", "any", *(f"step {step}" for step in range(1, STEPS + 1)))
 # Of a point of the host: passed once for each clip, or for each step of each.
 PASSAGES = dict.fromkeys(POINTS, 2) | {"step": 2 * (STEPS + 1)}
 
@@ -108,10 +109,10 @@ class Kills:
         self.wait_until_over(host)
         self.end_of_the_host(host, "any" if host.is_alive else point)
 
-    def kill_workers(self, host: Host, num: int) -> None:
-        """Kill some workers under one host, and the host at last."""
-        for _ in range(num):
-            self._kill_worker(host, self._draw.choice(WORKER_MOMENTS))
+    def kill_workers(self, host: Host, moments: Sequence[str]) -> None:
+        """Kill a worker at each of the moments under one host, and the host at last."""
+        for moment in moments:
+            self._kill_worker(host, moment)
         self.ask(host)
         time.sleep(self._draw.uniform(0, LIFE_S))
         self.end_of_the_host(host, "any")
@@ -122,8 +123,8 @@ class Kills:
             _end_worker(host)
             self.fell["worker: accepted"] += 1
             time.sleep(self._draw.uniform(0, LOAD_S))
-        elif moment == "step":
-            moment += f" {self._follow(host, self._draw.randint(1, STEPS))}"
+        elif moment.startswith("step"):
+            moment = f"step {self._follow(host, int(moment.removeprefix('step ')))}"
         elif moment == "any":
             time.sleep(self._draw.uniform(0, LIFE_S))
         _end_worker(host)
@@ -208,12 +209,13 @@ def test_clips_of_the_real_worker_survive_every_kill_with_the_frames_of_their_se
     kills = Kills(tmp_path, draw)
     host = kills.start()
     expected = drawn_in_peace(host)
-    kills.kill_workers(host, 4)
-    lives = [*POINTS, "step", "workers"]
+    moments = draw.sample(WORKER_MOMENTS, len(WORKER_MOMENTS))
+    kills.kill_workers(host, moments[:3])
+    lives = [*POINTS, "step", "step", "workers"]
     draw.shuffle(lives)
     for life in lives:
         if life == "workers":
-            kills.kill_workers(kills.start(), 4)
+            kills.kill_workers(kills.start(), moments[3:])
         else:
             kills.kill_at(life)
     ended = check_all(kills, expected)
