@@ -106,6 +106,11 @@ def test_continue_video(clip_server: Running, tmp_path: Path) -> None:
     assert lengths == {"first.mp4": 17, "remix.mp4": 17, "longer.mp4": 33}
 
 
+def test_clip_sheet(clip_server: Running, tmp_path: Path) -> None:
+    run([sys.executable, example("clip_sheet.py"), "sheet.webp"], tmp_path, clip_server.url)
+    assert size(tmp_path / "sheet.webp") == (8 * 144, 5 * (20 + 81))
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_the_code_of_a_page_runs_from_top_to_bottom(page: Path, server: str, tmp_path: Path) -> None:
     run_page(page, server, tmp_path)
