@@ -146,6 +146,23 @@ def test_doctor_reports_what_there_is_and_exits_0(tmp_path: Path) -> None:
     assert "PROBLEM" not in report.stdout
 
 
+def test_doctor_plans_a_named_model_for_a_gpu_of_another_size(tmp_path: Path) -> None:
+    flags = ["--data-dir", str(tmp_path), "--port", "0", "--device", "cpu", "--model-path", "demo-image"]
+    report = run("doctor", *flags, "--memory-gb", "12")
+    assert report.returncode == 0, report.stdout
+    assert "demo-image fits a GPU with 12.0 GB" in report.stdout
+    assert "everything on the device" in report.stdout
+    too_small = run("doctor", *flags, "--memory-gb", "0.1")
+    assert too_small.returncode == 1
+    assert "demo-image does not fit a GPU with 0.1 GB" in too_small.stdout
+
+
+def test_doctor_names_a_model_that_is_none(tmp_path: Path) -> None:
+    report = run("doctor", "--data-dir", str(tmp_path), "--port", "0", "--device", "cpu", "--model-path", "no/such/dir")
+    assert report.returncode == 1
+    assert "PROBLEM  plan         --model-path 'no/such/dir': no such folder" in report.stdout
+
+
 def test_doctor_tells_everything_that_is_in_the_way_and_exits_1(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with socket.create_server(("127.0.0.1", 0)) as taken:

@@ -20,6 +20,9 @@ import msgspec
 
 from .. import __version__
 from ..core.config import ServeConfig
+from ..core.errors import ConfigError
+from ..core.host_memory import available_memory_bytes
+from ..core.memory_question import PlanAnswer, PlanQuestion
 from .flags import FlagParser
 from .keys import with_keys
 
@@ -75,8 +78,12 @@ def doctor(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
         usage="photogram doctor [flags of photogram serve]",
         description="Say what this machine has, whether the server could start with these flags, and what fits.",
     )
+    parser.add_argument("--memory-gb", type=float, metavar="X", help="plan for a GPU with X GB instead of this device")
     parser.add_serve_flags()
-    config = with_keys(parser.config(parser.read(arguments)), environ)
+    namespace = parser.read(arguments)
+    config = with_keys(parser.config(namespace), environ)
+    if namespace.memory_gb is not None and not 0 < namespace.memory_gb < float("inf"):
+        raise ConfigError(f"--memory-gb {namespace.memory_gb}: must be above 0.")
 
     report, problem = _ask_torch(config.device)
     rows = [_python(), *_torch(report, problem), _memory(), _disk(config), _data_folder(config), _port(config)]
@@ -84,7 +91,12 @@ def doctor(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
     for row in rows:
         print(row)
     print()
-    print(_what_fits(config, report))
+    if hasattr(namespace, "model_path"):
+        plan_row, lines = _plan(config, report, namespace.memory_gb)
+        rows.append(plan_row)
+        print("\n".join((str(plan_row), *(f"    {line}" for line in lines))))
+    else:
+        print(_what_fits(config, report))
     return 1 if any(row.good is False for row in rows) else 0
 
 
@@ -177,24 +189,45 @@ def _what_fits(config: ServeConfig, report: DeviceReport | None) -> str:
     return "\n".join(lines)
 
 
+def _plan(config: ServeConfig, report: DeviceReport | None, memory_gb: float | None) -> tuple[Row, tuple[str, ...]]:
+    """Return whether the model fits this device, or a GPU with that much memory, and the plan's reasons."""
+    on_gpu = memory_gb is not None or (report is not None and report.memory is not None)
+    host_bytes = available_memory_bytes()
+    memory_bytes = host_bytes
+    if memory_gb is not None:
+        memory_bytes = int(memory_gb * 1e9)
+    elif report is not None and report.memory is not None:
+        memory_bytes = report.memory[0]
+    worker = config.worker(Path())
+    if not on_gpu:
+        worker = msgspec.structs.replace(worker, placement=worker.placement.settled())
+    question = PlanQuestion(
+        config=worker,
+        memory_bytes=memory_bytes,
+        # Of another machine it is not known how much memory its host has.
+        host_bytes=host_bytes if memory_gb is None else sys.maxsize,
+        default_precision="bf16" if on_gpu else "fp32",
+    )
+    command = [sys.executable, "-m", "photogram.models.memory_report", msgspec.json.encode(question).decode()]
+    asked = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_TIMEOUT_S)
+    try:
+        answer = msgspec.json.decode(asked.stdout, type=PlanAnswer)
+    except msgspec.MsgspecError:
+        lines = asked.stderr.strip().splitlines()
+        return Row(False, "plan", lines[-1] if lines else f"ended with exit code {asked.returncode}"), ()
+    if answer.problem is not None:
+        return Row(False, "plan", answer.problem), ()
+    where = f"a GPU with {_gb(memory_bytes)}" if on_gpu else f"{_gb(memory_bytes)} of memory"
+    return Row(
+        answer.fits, "plan", f"{config.model_path} {'fits' if answer.fits else 'does not fit'} {where}"
+    ), answer.lines
+
+
 def verdict(weights_bytes: int, memory_bytes: int) -> str:
     """Return ``fits``, ``tight`` (over four fifths of the memory) or ``too big``."""
     if weights_bytes > memory_bytes:
         return "too big"
     return "fits" if weights_bytes <= 0.8 * memory_bytes else "tight"
-
-
-def available_memory_bytes() -> int:
-    """Return the memory that this process may still take: the machine's, or less where a container sets a limit."""
-    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        sizes = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-        available = int(sizes["MemAvailable"].split()[0]) * 1024
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and used.exists() and limit.read_text().strip().isdigit():
-        available = min(available, max(int(limit.read_text()) - int(used.read_text()), 0))
-    return available
 
 
 def _cores() -> int:

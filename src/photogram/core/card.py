@@ -10,6 +10,7 @@ from typing import Literal
 
 import msgspec
 
+from .footprint import Room
 from .request import JSONValue, Task
 
 ParameterKind = Literal["bool", "int", "float", "str", "json"]
@@ -58,6 +59,7 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     num_replicas: int = 1  # groups of devices that serve jobs of their own
     parameters_count: int = 0
     loaded_bytes: int = 0
+    room: Room | None = None  # what requests are admitted by; None: all are
 
     @property
     def pipeline_name(self) -> str:

@@ -29,16 +29,23 @@ DEMO_IMAGE = "demo-image"
 
 
 class Placement(msgspec.Struct, frozen=True, kw_only=True):
-    """Which components wait in host memory and come to the device for their calls, and how the VAE works."""
+    """Which components wait in host memory and come to the device for their calls, and how the VAE works.
 
-    text_encoder_cpu_offload: bool = False
-    image_encoder_cpu_offload: bool = False
-    vae_cpu_offload: bool = False
-    dit_cpu_offload: bool = False
-    dit_layerwise_offload: bool = False
+    None leaves it to the plan of the device's memory.
+    """
+
+    text_encoder_cpu_offload: bool | None = None
+    image_encoder_cpu_offload: bool | None = None
+    vae_cpu_offload: bool | None = None
+    dit_cpu_offload: bool | None = None
+    dit_layerwise_offload: bool | None = None
     pin_cpu_memory: bool = True
-    vae_tiling: bool = False
+    vae_tiling: bool | None = None
     vae_slicing: bool = False
+
+    def settled(self) -> Placement:
+        """Return this with everything off that was left open."""
+        return Placement(**{name: bool(getattr(self, name)) for name in self.__struct_fields__})
 
 
 class Precisions(msgspec.Struct, frozen=True, kw_only=True):
@@ -111,13 +118,21 @@ class ServeConfig:
     vae_precision: Precision = setting("auto", "of the VAE, where it differs from --precision")
     text_encoder_precision: Precision = setting("auto", "of text encoders, where it differs from --precision")
     # --- memory
-    text_encoder_cpu_offload: bool = setting(False, "keep text encoders in host memory, on the device for their calls")
-    image_encoder_cpu_offload: bool = setting(False, "the same for image encoders")
-    vae_cpu_offload: bool = setting(False, "the same for the VAE")
-    dit_cpu_offload: bool = setting(False, "the same for the denoiser, which stays until another one needs its room")
-    dit_layerwise_offload: bool = setting(False, "keep the denoiser in host memory and bring it in layer by layer")
+    text_encoder_cpu_offload: bool | None = setting(
+        None, "keep text encoders in host memory, on the device for their calls; default: where nothing else fits"
+    )
+    image_encoder_cpu_offload: bool | None = setting(None, "the same for image encoders; default: as above")
+    vae_cpu_offload: bool | None = setting(None, "the same for the VAE; default: as above")
+    dit_cpu_offload: bool | None = setting(
+        None, "the same for the denoiser, which stays until another one needs its room; default: as above"
+    )
+    dit_layerwise_offload: bool | None = setting(
+        None, "keep the denoiser in host memory and bring it in layer by layer; default: as above"
+    )
     pin_cpu_memory: bool = setting(True, "pin the host memory of what is offloaded: faster copies, not swappable")
-    vae_tiling: bool = setting(False, "decode large pictures in tiles: less memory, faint seams possible")
+    vae_tiling: bool | None = setting(
+        None, "decode large pictures in tiles: less memory, faint seams possible; default: where nothing else fits"
+    )
     vae_slicing: bool = setting(False, "decode the pictures of a batch one by one")
     # --- speed
     attention_backend: AttentionBackend = setting(

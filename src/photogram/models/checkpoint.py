@@ -12,7 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 from ..core.errors import ConfigError
 
@@ -40,10 +46,11 @@ class Checkpoint:
     overrides: dict[str, Any]  # of the card, from the folder's own photogram.json
 
 
-def find_checkpoint(model_path: str, *, revision: str | None, variant: str | None) -> Checkpoint:
+def find_checkpoint(model_path: str, *, revision: str | None, variant: str | None, download: bool = True) -> Checkpoint:
     """Find the folder of a built-in model, a local path or a hub id (downloaded once, at a pinned revision).
 
-    Raises ConfigError, in one line, for anything that cannot be served.
+    Without `download` a hub repository must be there already. Raises ConfigError, in one line, for anything that cannot
+    be served.
     """
     if model_path in BUILT_IN:
         folder, name = Path(__file__).parent.parent / "demo" / BUILT_IN[model_path], model_path
@@ -51,11 +58,11 @@ def find_checkpoint(model_path: str, *, revision: str | None, variant: str | Non
         folder = Path(model_path).expanduser().resolve()
         name = folder.name
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", model_path) and not model_path.startswith("."):
-        folder, revision = _download(model_path, revision)
+        folder, revision = _download(model_path, revision, only_look=not download)
         name = model_path
     else:
         raise ConfigError(f"--model-path '{model_path}': no such folder, and not a hub id (owner/name).")
-    index = _read_index(folder, model_path)
+    index = read_index(folder, model_path)
     _refuse_pickles(folder, index, variant, model_path)
     pipeline_class = index["_class_name"]
     if not isinstance(pipeline_class, str):
@@ -69,10 +76,23 @@ def find_checkpoint(model_path: str, *, revision: str | None, variant: str | Non
     )
 
 
-def _download(repo_id: str, revision: str | None) -> tuple[Path, str | None]:
+def _download(repo_id: str, revision: str | None, *, only_look: bool) -> tuple[Path, str | None]:
     """Bring a hub repository's safetensors and configurations; return its folder and commit."""
     try:
-        folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=_HUB_FILES, cache_dir=CACHE_DIR))
+        folder = Path(
+            snapshot_download(
+                repo_id,
+                revision=revision,
+                allow_patterns=_HUB_FILES,
+                cache_dir=CACHE_DIR,
+                local_files_only=only_look,
+            )
+        )
+    except LocalEntryNotFoundError as error:
+        if only_look:
+            raise ConfigError(f"--model-path '{repo_id}': not downloaded yet, so its sizes are not known.") from None
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"--model-path '{repo_id}': the hub cannot be reached ({reason}).") from None
     except GatedRepoError:
         raise ConfigError(f"--model-path '{repo_id}': the hub asks for a licence and a token (HF_TOKEN).") from None
     except RevisionNotFoundError:
@@ -86,7 +106,8 @@ def _download(repo_id: str, revision: str | None) -> tuple[Path, str | None]:
     return folder, commit
 
 
-def _read_index(folder: Path, model_path: str) -> dict[str, Any]:
+def read_index(folder: Path, model_path: str) -> dict[str, Any]:
+    """Return what a pipeline's folder says of its components. Raises ConfigError where it is none."""
     path = folder / INDEX
     if folder.is_file():
         raise ConfigError(f"--model-path '{model_path}': is a file; a folder with {INDEX} is needed.")

@@ -21,6 +21,7 @@ from ..jobs.record import new_id
 from ..media.image_file import check_side
 from ..media.quality import resolve_quality
 from ..net.address import AllowedHosts
+from .admission import check_memory
 from .beginnings import Beginning, clip_task
 from .clip_schemas import clip_fields, webhook_url
 from .edits import edit_strength, edit_task, like, variation_strength
@@ -119,6 +120,7 @@ class Resolver:
         prompt = values.text("prompt") or "" if is_variation else _prompt(values)
         size = self._size(values, card, inputs)
         drawn = drawn_size(size, card)
+        check_memory(card, drawn, 1 if card.media == "video" else None)
         stream = values.flag("stream")
         format = _FORMATS[values.text("output_format") or "png"]
         check_side(format, size.width, size.height)
@@ -197,6 +199,7 @@ class Resolver:
         length = clip_length(values, card, beginning, self.config.max_frames)
         size, warnings = self._clip_size(values, card, beginning)
         drawn = drawn_size(size, card)
+        check_memory(card, drawn, length.drawn)
         extra = self._extra(body, values, card, ignored)
         negative_prompt, guidance_scale = _conditioning(values, card, extra, ignored)
         strength = values.float("strength")

@@ -20,16 +20,21 @@ from diffusers.models.cache_utils import CacheMixin
 from ..core.card import ModelCard
 from ..core.config import Precisions, WorkerConfig
 from ..core.errors import ConfigError
+from ..core.footprint import Room
+from ..core.host_memory import available_memory_bytes
 from ..core.request import GenerateRequest
 from ..models.checkpoint import Checkpoint, find_checkpoint
 from ..models.derive import derive_card
-from ..models.families import CHANGES_ITS_DENOISER, DEFAULTS
+from ..models.families import CHANGES_ITS_DENOISER
 from ..models.latents import knows_latents
+from ..models.memory_report import plan_of
+from ..models.sizes import is_denoiser, precision_of
 from ..models.uses import Route, Use, pipelines_by_use, route
 from .long_prompts import read_in_chunks, reads_in_chunks
 from .lora.conversion import lora_modules
 from .lora.serving import ModuleServing
-from .modules import BigModule, big_modules, is_denoiser
+from .memory import memory_of, total_memory_of
+from .modules import BigModule, big_modules
 from .parallel.decoding import can_split
 from .parallel.fitting import fit
 from .parallel.leader import Group
@@ -110,9 +115,31 @@ def load(config: WorkerConfig, say: Callable[[str], None], on_lost: Callable[[st
     say(f"finding {config.model_path}")
     checkpoint = find_checkpoint(config.model_path, revision=config.revision, variant=config.variant)
     config = msgspec.structs.replace(config, degrees=fit(config.degrees, checkpoint))
+    config, room = _plan_memory(checkpoint, config, device)
     group = Group(config, device, on_lost) if config.degrees.world_size > 1 else None
     say(f"loading {checkpoint.name} ({checkpoint.pipeline_class})")
-    return prepare(_from_folder(checkpoint, config, device), checkpoint, config, device, group)
+    return prepare(_from_folder(checkpoint, config, device), checkpoint, config, device, group, room)
+
+
+def _plan_memory(checkpoint: Checkpoint, config: WorkerConfig, device: torch.device) -> tuple[WorkerConfig, Room]:
+    """Decide what the settings leave open of where weights go, say why, and return what is left for work.
+
+    On a CPU there is nothing to decide: its memory is the host's.
+    """
+    found = plan_of(
+        checkpoint,
+        config if device.type != "cpu" else msgspec.structs.replace(config, placement=config.placement.settled()),
+        memory_bytes=memory_of(device),
+        host_bytes=available_memory_bytes(),
+        default_precision=_default_precision(device),
+    )
+    for line in found.plan.reasons:
+        logger.info("memory: %s", line)
+    if not found.plan.fits:
+        logger.warning("%s may run out of memory on %s; loading it all the same", checkpoint.name, device)
+    # Of several devices each has a share of the tokens and, where the VAE is split, of the pixels.
+    room = found.plan.room(found.footprint, total_memory_of(device), share=config.degrees.world_size)
+    return msgspec.structs.replace(config, placement=found.plan.placement), room
 
 
 def load_for_follower(
@@ -158,11 +185,12 @@ def prepare(
     config: WorkerConfig,
     device: torch.device,
     group: Group | None = None,
+    room: Room | None = None,
 ) -> ServedPipeline:
     """Make a loaded pipeline ready to be served: on its device, with a card, its networks suspension points.
 
-    With a `group` its denoisers are split over the group's ranks. The pipeline is changed and must not be used by
-    itself afterwards.
+    With a `group` its denoisers are split over the group's ranks; `room` is what requests are admitted by.
+    The pipeline is changed and must not be used by itself afterwards.
     """
     place(pipeline, config.placement, device)
     by_use = pipelines_by_use(pipeline)
@@ -189,7 +217,7 @@ def prepare(
     visiting = {name for name in pipeline.components if is_offloaded(name, config.placement) and device.type != "cpu"}
     # LoRAs change weights where they lie, on this rank alone; several ranks and weights that move are left as they are.
     can_change = () if group is not None else tuple(n for n in lora_modules(pipeline) if n not in visiting)
-    card = msgspec.structs.replace(card, lora_modules=can_change, tuning=tuned.lines)
+    card = msgspec.structs.replace(card, lora_modules=can_change, tuning=tuned.lines, room=room)
     modules = big_modules(pipeline)
     for module in modules.values():
         module.around_calls = tuned.attention.around_calls
@@ -248,25 +276,16 @@ def _as_config_error(config: WorkerConfig) -> Iterator[None]:
         raise ConfigError(f"--model-path '{config.model_path}': cannot be loaded ({reason}).") from error
 
 
-def _precisions(checkpoint: Checkpoint, wanted: Precisions, device: torch.device) -> dict[str, torch.dtype]:
-    """Precision by component, for each one that the checkpoint names, and as ``default``.
+def _default_precision(device: torch.device) -> str:
+    return "fp32" if device.type == "cpu" else "bf16"
 
-    What is asked for one kind of component goes before what is asked for all, and that before what the family needs.
-    """
-    default = torch.float32 if device.type == "cpu" else torch.bfloat16
-    if wanted.all != "auto":
-        default = _DTYPES[wanted.all]
-    family = DEFAULTS.get(checkpoint.pipeline_class)
-    in_full = family.fp32 if family is not None else ()
-    chosen = {"default": default}
+
+def _precisions(checkpoint: Checkpoint, wanted: Precisions, device: torch.device) -> dict[str, torch.dtype]:
+    """Precision of each component that the checkpoint names, and as ``default`` that of any other."""
+    default = _default_precision(device)
+    chosen = {"default": _DTYPES[default if wanted.all == "auto" else wanted.all]}
     for name in DiffusionPipeline.load_config(checkpoint.folder, local_files_only=True):
-        asked = wanted.dit if is_denoiser(name) else "auto"
-        for prefix, precision in (("vae", wanted.vae), ("text_encoder", wanted.text_encoder)):
-            asked = precision if name.startswith(prefix) else asked
-        if asked != "auto":
-            chosen[name] = _DTYPES[asked]
-        elif name in in_full:
-            chosen[name] = torch.float32
+        chosen[name] = _DTYPES[precision_of(name, wanted, checkpoint.pipeline_class, default)]
     return chosen
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from ..core.errors import ConfigError, OutOfMemory
+from ..core.host_memory import available_memory_bytes, total_memory_bytes
 
 
 class DeviceLost(Exception):
@@ -26,6 +27,22 @@ def free_bytes(device: torch.device, reserved: int = 0) -> int | None:
     free, _ = torch.cuda.mem_get_info(device)
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return max(0, int(USABLE_SHARE * (free + cached)) - reserved)
+
+
+def memory_of(device: torch.device) -> int:
+    """Return the bytes that a model and its work may take on a device where nothing of it is yet."""
+    if device.type != "cuda":
+        return available_memory_bytes()
+    free, _ = torch.cuda.mem_get_info(device)
+    return free
+
+
+def total_memory_of(device: torch.device) -> int:
+    """Return all bytes of a device, whoever has them now: what is beyond them will never fit."""
+    if device.type != "cuda":
+        return total_memory_bytes()
+    _, total = torch.cuda.mem_get_info(device)
+    return total
 
 
 class PeakMemory:

@@ -17,6 +17,7 @@ from diffusers.hooks import HookRegistry
 from diffusers.hooks.hooks import StateManager
 from diffusers.models.cache_utils import CacheMixin
 
+from ..models.sizes import is_denoiser
 from .fibers import Call, Fiber
 from .lora.serving import ModuleServing
 from .tuning.graphs import Graphs
@@ -157,11 +158,6 @@ class BigModule:
 
 def _keep(recurse: bool = True) -> None:
     """Stands in for a module's `_reset_stateful_cache`."""
-
-
-def is_denoiser(name: str) -> bool:
-    """Say whether a component of this name is what a pipeline's loop calls; the names are diffusers' own."""
-    return name.startswith(("transformer", "unet", "prior", "decoder", "controlnet")) and "encoder" not in name
 
 
 def big_modules(pipeline: DiffusionPipeline) -> Mapping[str, BigModule]:

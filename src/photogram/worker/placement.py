@@ -9,7 +9,8 @@ import torch
 from diffusers import DiffusionPipeline
 
 from ..core.config import Placement
-from .modules import BigModule, is_denoiser
+from ..models.sizes import kind_of
+from .modules import BigModule
 from .residency import Layerwise, Visitor, Visitors
 
 logger = logging.getLogger(__name__)
@@ -70,13 +71,13 @@ def offload_to(
 
 def is_offloaded(name: str, placement: Placement) -> bool:
     """Say whether the component of this name waits in host memory."""
-    if is_denoiser(name):
-        return placement.dit_cpu_offload or placement.dit_layerwise_offload
-    if name.startswith("text_encoder"):
-        return placement.text_encoder_cpu_offload
-    if name.startswith("image_encoder"):
-        return placement.image_encoder_cpu_offload
-    return name.startswith("vae") and placement.vae_cpu_offload
+    wanted = {
+        "denoiser": placement.dit_cpu_offload or placement.dit_layerwise_offload,
+        "text_encoder": placement.text_encoder_cpu_offload,
+        "image_encoder": placement.image_encoder_cpu_offload,
+        "vae": placement.vae_cpu_offload,
+    }
+    return bool(wanted.get(kind_of(name)))
 
 
 def _blocks(denoiser: torch.nn.Module) -> list[torch.nn.Module]:
