@@ -1,6 +1,7 @@
-"""One rank of a test group: ``python ranks.py RANK WORLD MEETING_FILE FOLDER...`` compares each sharded denoiser with
-the whole one, at every way of laying out the ranks, and prints the differences."""
+"""One rank of a test group: ``python ranks.py DEVICE RANK WORLD MEETING_FILE FOLDER...`` compares each sharded denoiser
+with the whole one, at every way of laying out the ranks, and prints the differences."""
 
+import inspect
 import json
 import sys
 from pathlib import Path
@@ -33,8 +34,10 @@ def calls_of(pipeline: DiffusionPipeline) -> list[tuple[tuple, dict]]:
         "height": 48,
         "output_type": "latent",
     }
-    if "Video" in type(pipeline).__name__ or "Wan" in type(pipeline).__name__:
+    if "num_frames" in inspect.signature(pipeline.__call__).parameters:
         arguments["num_frames"] = 9
+    if "LTX" in type(pipeline).__name__:
+        arguments |= {"width": 160, "height": 96}  # twice as many pixels a token
     if "Flux2" in type(pipeline).__name__:
         del arguments["negative_prompt"]
     pipeline(**arguments, num_inference_steps=2, generator=torch.Generator().manual_seed(1))
@@ -46,20 +49,21 @@ def joined(result: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
     return result if isinstance(result, torch.Tensor) else torch.stack(result)
 
 
-def main(rank: int, world: int, meeting_file: str, folders: list[str]) -> None:
+def main(kind: str, rank: int, world: int, meeting_file: str, folders: list[str]) -> None:
     torch.set_num_threads(1)
-    device = torch.device("cpu")
+    device = torch.device(kind, rank) if kind == "cuda" else torch.device(kind)
+    torch.backends.cudnn.allow_tf32 = False
     meet(world, rank, device, Path(meeting_file))
     layouts = [Degrees(ulysses=u, ring=world // u) for u in (1, 2)]  # the tiny denoisers have two heads
     meshes = [arrange(degrees, rank, device) for degrees in layouts]
     differences = {}
     with torch.inference_mode():
         for folder in folders:
-            pipeline = DiffusionPipeline.from_pretrained(folder)
+            pipeline = DiffusionPipeline.from_pretrained(folder).to(device)
             calls = calls_of(pipeline)
             expected = [joined(pipeline.transformer(*args, **kwargs)[0]) for args, kwargs in calls]
             for mesh in meshes:
-                denoiser = type(pipeline.transformer).from_pretrained(folder, subfolder="transformer")
+                denoiser = type(pipeline.transformer).from_pretrained(folder, subfolder="transformer").to(device)
                 lengths = Lengths(mesh)
                 shard(denoiser, Shares(mesh, lengths))
                 errors = []
@@ -75,4 +79,4 @@ def main(rank: int, world: int, meeting_file: str, folders: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4:])
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], sys.argv[5:])

@@ -5,11 +5,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from photogram.core.config import ServeConfig
 from photogram.core.errors import ConfigError
 from photogram.core.parallel import Degrees, resolve_degrees
 from photogram.models.checkpoint import Checkpoint, find_checkpoint
+from photogram.worker.loading import choose_device
 from photogram.worker.parallel.fitting import fit
 
 
@@ -97,6 +99,34 @@ def test_replicas_that_do_not_fit_the_devices_are_refused_by_name(flags, named):
     with pytest.raises(ConfigError) as refused:
         _ = ServeConfig(**flags).degrees
     assert named in str(refused.value)
+
+
+@pytest.fixture
+def four_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+
+
+def test_replicas_take_the_devices_group_after_group(four_gpus):
+    first = [choose_device("auto", world_size=2, replica=replica, num_replicas=2) for replica in (0, 1)]
+    assert first == [torch.device("cuda:0"), torch.device("cuda:2")]
+    assert choose_device("cuda:1", replica=2, num_replicas=3) == torch.device("cuda:3")
+    assert choose_device("cpu", world_size=8, num_replicas=8) == torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "groups", "named"),
+    [
+        ("cuda:4", {}, "--device 'cuda:4': this machine has 4 CUDA devices."),
+        ("auto", {"world_size": 2, "num_replicas": 3}, "--num-gpus 6: this machine has 4 CUDA devices."),
+        ("cuda:2", {"world_size": 3}, "--num-gpus 3: this machine has 4 CUDA devices, and --device cuda:2 leaves 2."),
+    ],
+)
+def test_devices_that_are_not_there_are_refused_by_every_replica(four_gpus, wanted, groups, named):
+    for replica in range(groups.get("num_replicas", 1)):
+        with pytest.raises(ConfigError) as refused:
+            choose_device(wanted, replica=replica, **groups)
+        assert str(refused.value) == named
 
 
 def test_the_text_encoder_is_on_one_device_whatever_is_asked_for():

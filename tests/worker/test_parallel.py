@@ -21,6 +21,7 @@ FAMILIES = (
     "flux-2-klein",
     "qwen-image",
     "flux-1",
+    "ltx",
     "z-image",
     "stable-diffusion-3",
     "hunyuan-video-1.5",
@@ -30,12 +31,14 @@ DECODED = ("flux-1", "wan-2.1", "wan-2.2-ti2v", "qwen-image", "hunyuan-video-1.5
 TOLERANCE = 1e-4  # of the result's spread, fp32
 
 
-def differences_of(script: str, world: int, folders: list[str], tmp_path: Path) -> dict[str, float]:
+def differences_of(
+    script: str, world: int, folders: list[str], tmp_path: Path, device: str = "cpu"
+) -> dict[str, float]:
     """What the ranks of a script report, by case."""
     meeting = str(tmp_path / "meeting")
     ranks = [
         subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name(script)), str(rank), str(world), meeting, *folders],
+            [sys.executable, str(Path(__file__).with_name(script)), device, str(rank), str(world), meeting, *folders],
             stdout=subprocess.PIPE,
             stderr=(tmp_path / f"rank-{rank}.log").open("wb"),
             env=os.environ | {"OMP_NUM_THREADS": "1"},

@@ -1,5 +1,5 @@
-"""One rank of a test group: ``python vae_ranks.py RANK WORLD MEETING_FILE FOLDER...`` compares what each VAE decodes
-with all ranks and alone, and prints the differences."""
+"""One rank of a test group: ``python vae_ranks.py DEVICE RANK WORLD MEETING_FILE FOLDER...`` compares what each VAE
+decodes with all ranks and alone, and prints the differences."""
 
 import json
 import sys
@@ -22,27 +22,33 @@ def latents_of(vae: torch.nn.Module, *, rows: int, columns: int) -> torch.Tensor
     return torch.randn(shape, generator=torch.Generator().manual_seed(3))
 
 
-def main(rank: int, world: int, meeting_file: str, folders: list[str]) -> None:
+def main(kind: str, rank: int, world: int, meeting_file: str, folders: list[str]) -> None:
     torch.set_num_threads(1)
-    device = torch.device("cpu")
+    device = torch.device(kind, rank) if kind == "cuda" else torch.device(kind)
+    torch.backends.cudnn.allow_tf32 = False
     meet(world, rank, device, Path(meeting_file))
     mesh = arrange(Degrees(ulysses=world), rank, device)
     differences = {}
+    widths: list[int] = []  # of what the last layer gets, along the longer side
     longer = LEAST_ROWS * world + 1  # divides by nothing
     with torch.inference_mode():
         for folder in folders:
-            vae = DiffusionPipeline.from_pretrained(folder).vae
+            vae = DiffusionPipeline.from_pretrained(folder).vae.to(device)
             assert can_split(vae), type(vae).__name__
             wide, tall = latents_of(vae, rows=4, columns=longer), latents_of(vae, rows=longer, columns=4)
             cases = {"wide": wide, "tall": tall, "small": latents_of(vae, rows=4, columns=6)}
+            cases = {name: latents.to(device) for name, latents in cases.items()}
             alone = {name: vae.decode(latents).sample for name, latents in cases.items()}
             lengths = Lengths(mesh)
             split_decoder(vae, mesh, lengths)
+            vae.decoder.conv_out.register_forward_pre_hook(lambda _, args: widths.append(max(args[0].shape[-2:])))
             for name, latents in cases.items():
                 for _ in range(2):  # lengths are learned by the first
                     lengths.begin(name)
                     together = vae.decode(latents).sample
                     lengths.end()
+                    is_cut = widths[-1] < max(together.shape[-2:]) // (vae.config.get("patch_size") or 1)
+                    assert is_cut == (name != "small"), f"{folder} {name}: {widths[-1]}"
                     error = float((together - alone[name]).abs().max() / alone[name].std())
                     key = f"{Path(folder).name} {name}"
                     differences[key] = max(error, differences.get(key, 0.0))
@@ -51,4 +57,4 @@ def main(rank: int, world: int, meeting_file: str, folders: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4:])
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], sys.argv[5:])

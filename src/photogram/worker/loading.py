@@ -83,21 +83,23 @@ class ServedPipeline:
         return own
 
 
-def choose_device(wanted: str, before: int = 0) -> torch.device:
-    """Return the first device to serve on, leaving `before` GPUs to other workers.
+def choose_device(wanted: str, *, world_size: int = 1, replica: int = 0, num_replicas: int = 1) -> torch.device:
+    """Return the first device of a replica, each of which has `world_size` devices.
 
-    Raises ConfigError for one that is not there.
+    Raises ConfigError where the devices of all replicas are not there, so that all of them refuse alike.
     """
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(wanted)
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        index = (device.index or 0) + before
-        if index >= count:
-            flag = f"--device '{wanted}'" if before == 0 else f"--dp-size: cuda:{index} is wanted"
-            raise ConfigError(f"{flag}: this machine has {count} CUDA devices.")
-        return torch.device("cuda", index)
+        first = device.index or 0
+        if first >= count:
+            raise ConfigError(f"--device '{wanted}': this machine has {count} CUDA devices.")
+        if first + world_size * num_replicas > count:
+            left = f", and --device {wanted} leaves {count - first}" if first else ""
+            raise ConfigError(f"--num-gpus {world_size * num_replicas}: this machine has {count} CUDA devices{left}.")
+        return torch.device("cuda", first + replica * world_size)
     return device
 
 
@@ -109,7 +111,12 @@ def load(config: WorkerConfig, say: Callable[[str], None], on_lost: Callable[[st
     """
     # A checkpoint's own code is never run; diffusers reads this before it looks.
     os.environ["DIFFUSERS_DISABLE_REMOTE_CODE"] = "1"
-    device = choose_device(config.device, before=config.replica * config.degrees.world_size)
+    device = choose_device(
+        config.device,
+        world_size=config.degrees.world_size,
+        replica=config.replica,
+        num_replicas=config.num_replicas,
+    )
     if device.type == "cpu":
         share_cores(config.num_replicas)
     say(f"finding {config.model_path}")

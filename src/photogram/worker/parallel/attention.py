@@ -29,25 +29,32 @@ def attend(
 ) -> torch.Tensor:  # fmt: skip
     """Return this rank's rows of the attention of all ranks' tokens to all ranks' tokens, (B, S, H, D).
 
-    `mask` tells of this rank's keys, (B, S) or (B, 1, 1, S), boolean or additive. Raises ValueError for a mask that
-    differs from query to query, which cannot be told from one rank's part.
+    `mask` tells of this rank's keys, (B, S), (B, 1, 1, S) or (B, H, 1, S), boolean or additive. Raises ValueError for a
+    mask that differs from query to query, which cannot be told from one rank's part.
     """
     mesh = shares.mesh
     q_lengths = shares.lengths.of(q_BSHD.shape[1])
     k_lengths = shares.lengths.of(k_BSHD.shape[1])
-    bias_BS = None if mask is None else shares.lengths.gather(_as_bias(mask, q_BSHD.dtype), 1)
+    bias_BHS = None if mask is None else _of_own_heads(shares.lengths.gather(_as_bias(mask, q_BSHD.dtype), 2), mesh)
     in_group = _members(mesh.ring_index, mesh)
     q, k, v = (
         _heads_for_tokens(x, [lengths[rank] for rank in in_group], mesh)
         for x, lengths in ((q_BSHD, q_lengths), (k_BSHD, k_lengths), (v_BSHD, k_lengths))
     )
     if mesh.degrees.ring == 1:
-        bias = None if bias_BS is None else bias_BS[:, None, None, :]
+        bias = None if bias_BHS is None else bias_BHS[:, :, None, :]
         out = F.scaled_dot_product_attention(*(_heads_first(x) for x in (q, k, v)), attn_mask=bias, scale=scale)
         out = out.transpose(1, 2)
     else:
-        out = _around_the_ring(q, k, v, bias_BS, k_lengths, scale, mesh)
+        out = _around_the_ring(q, k, v, bias_BHS, k_lengths, scale, mesh)
     return _tokens_for_heads(out, [q_lengths[rank] for rank in in_group], mesh)
+
+
+def _of_own_heads(bias_BHS: torch.Tensor, mesh: Mesh) -> torch.Tensor:
+    """The part that concerns the heads this rank attends with."""
+    if bias_BHS.shape[1] == 1:
+        return bias_BHS
+    return bias_BHS.chunk(mesh.degrees.ulysses, dim=1)[mesh.ulysses_index]
 
 
 def _members(ring_index: int, mesh: Mesh) -> range:
@@ -87,7 +94,7 @@ def _tokens_for_heads(x_BShD: torch.Tensor, lengths: list[int], mesh: Mesh) -> t
 
 
 def _around_the_ring(
-    q_BSHD: torch.Tensor, k_BSHD: torch.Tensor, v_BSHD: torch.Tensor, bias_BS: torch.Tensor | None,
+    q_BSHD: torch.Tensor, k_BSHD: torch.Tensor, v_BSHD: torch.Tensor, bias_BHS: torch.Tensor | None,
     lengths: tuple[int, ...], scale: float | None, mesh: Mesh,
 ) -> torch.Tensor:  # fmt: skip
     """Attend to one group's keys after the other while the next ones are on their way, (B, S, H, D).
@@ -112,7 +119,7 @@ def _around_the_ring(
                     dist.P2POp(dist.irecv, arriving, mesh.ring_rank(mesh.ring_index - 1), mesh.ring),
                 ]
             )
-        bias = None if bias_BS is None else bias_BS[:, starts[place] : starts[place] + totals[place]]
+        bias = None if bias_BHS is None else bias_BHS[:, :, starts[place] : starts[place] + totals[place]]
         part, part_lse = _attention_with_lse(query, _heads_first(here[0]), _heads_first(here[1]), bias, scale)
         if out is None or lse is None:
             out, lse = part.float(), part_lse
@@ -129,13 +136,13 @@ def _around_the_ring(
 
 
 def _attention_with_lse(
-    q_BHSD: torch.Tensor, k_BHSD: torch.Tensor, v_BHSD: torch.Tensor, bias_BS: torch.Tensor | None, scale: float | None
+    q_BHSD: torch.Tensor, k_BHSD: torch.Tensor, v_BHSD: torch.Tensor, bias_BHS: torch.Tensor | None, scale: float | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention and the logarithm of its softmax's sums: (B, H, S, D) and, in fp32, (B, H, S)."""
     bias = None
-    if bias_BS is not None:
+    if bias_BHS is not None:
         B, H, S, _ = q_BHSD.shape
-        bias = bias_BS[:, None, None, :].expand(B, H, S, -1)
+        bias = bias_BHS[:, :, None, :].expand(B, H, S, -1)
     if q_BHSD.device.type == "cpu":
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q_BHSD, k_BHSD, v_BHSD, attn_mask=bias, scale=scale
@@ -159,10 +166,12 @@ def _heads_first(x_BSHD: torch.Tensor) -> torch.Tensor:
 
 
 def _as_bias(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A mask of keys as something to add to the scores, (B, S)."""
-    if mask.dim() == 4 and mask.shape[1] == mask.shape[2] == 1:
-        mask = mask[:, 0, 0]
-    if mask.dim() != 2:
+    """A mask of keys as something to add to the scores, (B, H, S); H is 1 where all heads have the same."""
+    if mask.dim() == 2:
+        mask = mask[:, None]
+    elif mask.dim() == 4 and mask.shape[2] == 1:
+        mask = mask[:, :, 0]
+    else:
         raise ValueError(f"attention mask of shape {tuple(mask.shape)}: only masks of keys can be split over ranks")
     if mask.dtype == torch.bool:
         return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)

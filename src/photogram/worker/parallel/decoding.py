@@ -96,25 +96,30 @@ class _Bands:
         assert self.axis is not None
         return x.tensor_split(self.mesh.size, dim=self.axis)[self.mesh.rank].contiguous()
 
-    def with_neighbours(self, band: torch.Tensor) -> tuple[torch.Tensor, int]:
-        """Return the band with the row beyond each of its cuts, and how many rows came before it."""
+    def with_neighbours(self, *clips: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], int]:
+        """Return this rank's band of each clip (or of one picture) with the row beyond each of its cuts, and how many
+        rows that put before it. The rows of all clips travel together."""
         assert self.axis is not None
         mesh, axis = self.mesh, self.axis
+        frames = [clip.shape[2] for clip in clips]
         transfers: list[dist.P2POp] = []
         beyond: dict[int, torch.Tensor] = {}
-        for side, row in ((-1, 0), (1, band.shape[axis] - 1)):
+        for side, row in ((-1, 0), (1, clips[0].shape[axis] - 1)):
             neighbour = mesh.rank + side
             if 0 <= neighbour < mesh.size:
-                mine = band.narrow(axis, row, 1).contiguous()
+                rows = [clip.narrow(axis, row, 1) for clip in clips]
+                mine = torch.cat(rows, dim=2) if len(rows) > 1 else rows[0].contiguous()
                 beyond[side] = torch.empty_like(mine)
                 transfers.append(dist.P2POp(dist.isend, mine, neighbour, mesh.everyone))
                 transfers.append(dist.P2POp(dist.irecv, beyond[side], neighbour, mesh.everyone))
         for transfer in dist.batch_isend_irecv(transfers):
             transfer.wait()
-        parts = [beyond[-1]] if -1 in beyond else []
-        parts.append(band)
-        parts += [beyond[1]] if 1 in beyond else []
-        return torch.cat(parts, dim=axis), 1 if -1 in beyond else 0
+        parts = [[clip] for clip in clips]
+        for side, received in beyond.items():
+            rows = list(received.split(frames, dim=2)) if len(clips) > 1 else [received]
+            for wide, row_of_clip in zip(parts, rows, strict=True):
+                wide.insert(0 if side < 0 else len(wide), row_of_clip)
+        return tuple(torch.cat(wide, dim=axis) for wide in parts), int(-1 in beyond)
 
 
 # --- what layers do instead ----------------------------------------------------------------------------------------
@@ -149,12 +154,8 @@ def _convolved(
     if bands.axis is None:
         return real(band) if kept is None else real(band, kept)
     rows = band.shape[bands.axis]
-    if kept is None:
-        wide, before = bands.with_neighbours(band)
-        return real(wide).narrow(bands.axis, before, rows)
-    wide, before = bands.with_neighbours(torch.cat((kept, band), dim=2))
-    kept_wide, band_wide = wide.tensor_split([kept.shape[2]], dim=2)
-    return real(band_wide, kept_wide).narrow(bands.axis, before, rows)
+    wide, before = bands.with_neighbours(band) if kept is None else bands.with_neighbours(band, kept)
+    return real(*wide).narrow(bands.axis, before, rows)
 
 
 def _group_norm(

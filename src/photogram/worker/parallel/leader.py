@@ -54,7 +54,7 @@ class Group:
     """
 
     def __init__(self, config: WorkerConfig, device: torch.device, on_lost: Callable[[str], None]) -> None:
-        """Start the other ranks, which load while the leader does. Raises ConfigError for too few devices."""
+        """Start the other ranks, which load while the leader does, on the devices that follow `device`."""
         self._on_lost = on_lost
         self._degrees = config.degrees
         self._device = device
@@ -64,10 +64,6 @@ class Group:
         self._number = 0
         self._outcomes = threading.Condition()
         first = device.index or 0
-        if device.type == "cuda" and first + self._degrees.world_size > torch.cuda.device_count():
-            raise ConfigError(
-                f"--num-gpus {self._degrees.world_size}: this machine has {torch.cuda.device_count()} CUDA devices."
-            )
         if device.type == "cpu":
             share_cores(self._degrees.world_size)
         self._followers = [self._start(rank, config, first) for rank in range(1, self._degrees.world_size)]
