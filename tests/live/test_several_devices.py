@@ -60,6 +60,16 @@ def test_four_ranks_decode_a_large_picture_as_one_does(four_ranks, live_server):
     assert np.abs(picture(four_ranks, size=size) - picture(live_server, size=size)).max() <= 2  # of 255
 
 
+def test_two_ranks_that_share_guidance_draw_what_one_draws(tmp_path, clip_model, clip_server):
+    server = serve(tmp_path, ["--model-path", str(clip_model), "--num-gpus", "2", "--enable-cfg-parallel"])
+    guided = {"size": "64x64", "num_inference_steps": 4, "guidance_scale": 4.0, "negative_prompt": "pale"}
+    try:
+        assert len(followers(server)) == 1
+        assert np.abs(picture(server, **guided) - picture(clip_server, **guided)).max() <= 2  # of 255
+    finally:
+        server.stop()
+
+
 def test_a_failed_call_fails_its_own_request_on_all_ranks_alike(four_ranks):
     body = {"prompt": PROMPT, "size": "256x160", "num_inference_steps": 10_000}
     assert httpx.post(f"{four_ranks.url}/v1/images/generations", json=body).status_code == 400

@@ -83,6 +83,9 @@ def test_a_vae_with_layers_that_are_not_known_is_not_split(name, family_folder):
         ({"num_gpus": 4, "ulysses": 2, "ring": 2}, Degrees(ulysses=2, ring=2)),
         ({"num_gpus": 4, "ulysses": 2}, Degrees(ulysses=2, ring=2)),
         ({"num_gpus": 6, "ring": 3, "sp": 6}, Degrees(ulysses=2, ring=3)),
+        ({"num_gpus": 2, "cfg": 2}, Degrees(cfg=2)),
+        ({"num_gpus": 4, "cfg": 2}, Degrees(ulysses=2, cfg=2, is_chosen=False)),
+        ({"num_gpus": 8, "cfg": 2, "ring": 2, "sp": 4}, Degrees(ulysses=2, ring=2, cfg=2)),
     ],
 )
 def test_degrees_that_were_not_given_are_filled_in(given, expected):
@@ -96,6 +99,11 @@ def test_degrees_that_were_not_given_are_filled_in(given, expected):
         ({"num_gpus": 4, "ulysses": 3}, "--ulysses-degree 3: --num-gpus (4) does not divide"),
         ({"num_gpus": 4, "ring": 8}, "--ring-degree 8: --num-gpus (4) does not divide"),
         ({"num_gpus": 4, "sp": 2}, "--sp-degree 2: must be --num-gpus (4)"),
+        ({"num_gpus": 4, "cfg": 3}, "--cfg-parallel 3: must be 1 or 2"),
+        ({"num_gpus": 3, "cfg": 2}, "--cfg-parallel 2: --num-gpus (3) does not divide"),
+        ({"num_gpus": 1, "cfg": 2}, "--cfg-parallel 2: --num-gpus (1) does not divide"),
+        ({"num_gpus": 4, "cfg": 2, "ulysses": 4}, "--ulysses-degree 4: --num-gpus (4) by --cfg-parallel (2)"),
+        ({"num_gpus": 4, "cfg": 2, "sp": 4}, "--sp-degree 4: must be --num-gpus (4) by --cfg-parallel (2)"),
         ({"num_gpus": 0}, "--num-gpus 0: must be at least 1"),
     ],
 )

@@ -150,6 +150,8 @@ class ServeConfig:
     sp_degree: int | None = setting(None, "product of the two degrees above, for those who know it by that name")
     tp_size: int = setting(1, "devices that share each layer of the text encoder: 1, as the first device alone encodes")
     vae_sp: bool = setting(True, "decode on all devices, each a band of the picture")
+    cfg_parallel: int = setting(1, "2: the two halves of a guided step run at once, each on half of the devices")
+    enable_cfg_parallel: bool = setting(False, "the same as --cfg-parallel 2")
     # --- start
     warmup: bool = setting(True, "run one short generation before reporting ready")
     # --- LoRA
@@ -282,6 +284,7 @@ class ServeConfig:
         return resolve_degrees(
             num_gpus=self.num_gpus,
             dp=self.dp_size,
+            cfg=2 if self.enable_cfg_parallel else self.cfg_parallel,
             ulysses=self.ulysses_degree,
             ring=self.ring_degree,
             sp=self.sp_degree,

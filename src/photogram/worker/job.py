@@ -13,6 +13,7 @@ from ..core.request import GenerateRequest
 from .arguments import call_arguments, strength_of
 from .digest import DigestMemo
 from .fibers import Call, Fiber
+from .guidance import Foresight
 from .latent_source import read_source
 from .loading import ServedPipeline
 from .lora.sets import JobLoras
@@ -77,6 +78,7 @@ class Job:
         self.calls_shared = 0
         self.largest_batch = 1
         self.num_previews = 0
+        self.foresight = Foresight()
         self.answers = Answers() if request.partial_images else None
         self.route = served.route(request)
         self.pipeline = served.for_job(request)

@@ -162,6 +162,36 @@ def stack(layout: Layout, values: list[Any], num_rows: list[int]) -> Any:
             return stacked if isinstance(first, dict) else type(first)(stacked[i] for i in range(len(first)))
 
 
+def divide(layout: Layout, value: Any, num_rows: list[int]) -> list[Any]:
+    """Cut an argument of one call into those of calls with so many rows each: the way back of `stack`."""
+    match layout:
+        case BatchAxis(axis, _):
+            return list(value.split(num_rows, dim=axis))
+        case BatchList(_):
+            ends = [sum(num_rows[: i + 1]) for i in range(len(num_rows))]
+            return [value[end - count : end] for end, count in zip(ends, num_rows, strict=True)]
+        case Nested(entries):
+            parts = {key: divide(entry, value[key], num_rows) for key, entry in entries}
+            if not isinstance(value, list | tuple):
+                return [{key: part[i] for key, part in parts.items()} for i in range(len(num_rows))]
+            return [type(value)(parts[key][i] for key in range(len(value))) for i in range(len(num_rows))]
+    return [value] * len(num_rows)
+
+
+def join(results: list[Any]) -> Any:
+    """Put the results of calls into one, row after row: the way back of `split`. Raises NotStackable."""
+    first = results[0]
+    if isinstance(first, torch.Tensor):
+        return torch.cat(results)
+    if isinstance(first, list):
+        return [item for result in results for item in result]
+    if isinstance(first, tuple):
+        return tuple(join(list(fields)) for fields in zip(*results, strict=True))
+    if isinstance(first, dict):  # a ModelOutput
+        return type(first)(**{name: join([result[name] for result in results]) for name in first})
+    raise NotStackable(f"a result of type {type(first).__name__}")
+
+
 def split(result: Any, num_rows: list[int]) -> list[Any]:
     """Cut a stacked call's result into one per call. Raises NotStackable for a result with no rows."""
     total = sum(num_rows)

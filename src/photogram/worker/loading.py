@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import diffusers
 import msgspec
@@ -37,7 +38,7 @@ from .memory import memory_of, total_memory_of
 from .modules import BigModule, big_modules
 from .parallel.decoding import can_split
 from .parallel.fitting import fit
-from .parallel.leader import Group
+from .parallel.leader import Group, RunBoth
 from .parallel.mesh import share_cores
 from .placement import is_offloaded, offload, place, set_up_vae
 from .residency import Visitors
@@ -61,6 +62,7 @@ class ServedPipeline:
     runs_alone: bool  # its code changes the shared denoiser, so jobs run one by one
     visitors: Visitors  # components that are on the device for their calls
     graphs: Graphs | None  # of calls that are bound by launches
+    run_both: RunBoth | None = None  # where a second group of ranks can run a call at the same time
 
     def route(self, request: GenerateRequest) -> Route:
         """Return how the request is served. Raises RequestError where the model cannot."""
@@ -183,7 +185,9 @@ def load_for_follower(
 
 def _splits_vae(vae: torch.nn.Module | None, config: WorkerConfig) -> bool:
     """Say whether all ranks decode, each its part. One that waits in host memory stays the leader's."""
-    return vae is not None and config.split_vae and not config.placement.vae_cpu_offload and can_split(vae)
+    if vae is None or not config.split_vae or config.degrees.sequence == 1:
+        return False
+    return not config.placement.vae_cpu_offload and can_split(vae)
 
 
 def prepare(
@@ -222,8 +226,8 @@ def prepare(
     networks = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
     tuned = tune(networks, frozenset(filter(is_denoiser, networks)), config.tuning, device)
     visiting = {name for name in pipeline.components if is_offloaded(name, config.placement) and device.type != "cpu"}
-    # LoRAs change weights where they lie, on this rank alone; several ranks and weights that move are left as they are.
-    can_change = () if group is not None else tuple(n for n in lora_modules(pipeline) if n not in visiting)
+    # LoRAs change weights where they lie: such as move are left as they are.
+    can_change = tuple(name for name in lora_modules(pipeline) if name not in visiting)
     card = msgspec.structs.replace(card, lora_modules=can_change, tuning=tuned.lines, room=room)
     modules = big_modules(pipeline)
     for module in modules.values():
@@ -231,7 +235,9 @@ def prepare(
         if module.name not in visiting:  # a graph knows weights by their place
             module.graphs = tuned.graphs
     for name in card.lora_modules:
-        modules[name].loras = ModuleServing(name, modules[name].module, device)
+        network = modules[name].module
+        share = partial(group.share_weights, name, network) if group is not None and is_denoiser(name) else None
+        modules[name].loras = ModuleServing(name, network, device, share)
     if group is not None:
         group.take_over(modules, decodes=decodes)
     visitors = offload(modules, config.placement, device)
@@ -247,6 +253,7 @@ def prepare(
         runs_alone=runs_alone,
         visitors=visitors,
         graphs=tuned.graphs,
+        run_both=group.run_both if group is not None and config.degrees.cfg > 1 else None,
     )
 
 

@@ -1,7 +1,4 @@
-"""Answers of big modules that need no pass: of encoders from the prompt cache, of denoisers where a step is skipped.
-
-Also notes what was answered, where it may be wanted again: by another job, or by a replay for a partial picture.
-"""
+"""Which calls of a job are answered without running anything, and what is noted of the answers of the others."""
 
 from __future__ import annotations
 
@@ -13,22 +10,25 @@ from .prompt_cache import PromptCache, readable
 
 
 class Recall:
-    """One per worker."""
+    """Answers calls from the prompt cache, from what a job's solver skips, and, where it `foresees`, from what was run
+    before the job has asked for it."""
 
-    def __init__(self, prompt_cache: PromptCache) -> None:
+    def __init__(self, prompt_cache: PromptCache, *, foresees: bool) -> None:
         self._prompt_cache = prompt_cache
+        self._foresees = foresees
 
-    def known(self, job: Job, call: Call) -> tuple[bool, Any]:
-        """Return whether a call's answer is known, and the answer."""
+    def answer(self, job: Job, call: Call) -> tuple[bool, Any]:
+        """Return whether a call that the job has just made need not be run, and its answer. Once for each call."""
         if call.module.is_denoiser:
-            return job.watch.skipped_answer()
+            known, answer = job.watch.skipped_answer()
+            return (known, answer) if known else self._foreseen(job, call)
         if call.module.phase(call.method) != "encode":
             return False, None
         key = self._prompt_cache.key(call)
         answer = self._prompt_cache.get(key) if key is not None else None
         if answer is None:
             return False, None
-        return True, self._note_for_replay(job, call, answer)
+        return True, _noted_for_replay(job, call, answer)
 
     def noted(self, job: Job, call: Call, answer: Any) -> Any:
         """Note an answer where it may be wanted again, and return it as the fiber is to have it."""
@@ -39,15 +39,23 @@ class Recall:
             if key is not None:
                 answer = readable(call, answer)
                 job.to_remember.append((key, answer))
-        return self._note_for_replay(job, call, answer)
-
-    def _note_for_replay(self, job: Job, call: Call, answer: Any) -> Any:
-        if job.answers is not None:
-            job.answers.note(call, answer, job.watch.steps_done)
-        return answer
+        return _noted_for_replay(job, call, answer)
 
     def remember(self, job: Job) -> None:
         """Keep the answers that the pipeline has read by now: it is at its next call."""
         for key, answer in job.to_remember:
             self._prompt_cache.put(key, answer)
         job.to_remember.clear()
+
+    def _foreseen(self, job: Job, call: Call) -> tuple[bool, Any]:
+        if not self._foresees or call.method != "forward":
+            return False, None
+        job.foresight.note(call, job.watch.position)
+        answer = job.foresight.answer(call)
+        return (False, None) if answer is None else (True, self.noted(job, call, answer))
+
+
+def _noted_for_replay(job: Job, call: Call, answer: Any) -> Any:
+    if job.answers is not None:
+        job.answers.note(call, answer, job.watch.steps_done)
+    return answer

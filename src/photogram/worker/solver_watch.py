@@ -34,6 +34,11 @@ class SolverWatch:
             self._real_step = self._solver.step
             self._solver.step = self._step  # on the job's own copy
 
+    @property
+    def position(self) -> int:
+        """How often the solver was called, skipped steps included: calls at one position belong to one step."""
+        return self._index
+
     def _step(self, *args: Any, **kwargs: Any) -> Any:
         if self._index == 0:
             given = dict(zip(("model_output", "timestep", "sample"), args, strict=False)) | kwargs

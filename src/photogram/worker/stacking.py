@@ -17,7 +17,7 @@ import torch
 from ..models.families import PADDED_TEXT, PaddedText
 from .digest import DigestMemo, Unhashable
 from .fibers import Call
-from .layout import Layout, Nested, NotStackable, distance, learn, rows, split, stack, stack_key, structure
+from .layout import Layout, Nested, NotStackable, distance, divide, learn, rows, split, stack, stack_key, structure
 from .lora.mixing import NotMixable
 
 logger = logging.getLogger(__name__)
@@ -139,29 +139,61 @@ class Stacker:
         self._checked.setdefault(outline, set()).update(mixed)
         return results
 
+    def is_checked(self, part: Stackable) -> bool:
+        """Say whether calls like this one were seen to give the same stacked as alone."""
+        return part.binding.outline in self._checked
+
     def give_up(self, part: Stackable) -> None:
         """Serve calls like this one alone from now on."""
         self._layouts[part.binding.outline] = None
 
     def _run_stacked(self, calls: Sequence[Call], prepared: Sequence[Stackable], owner: str) -> list[Any]:
-        first = calls[0]
-        num_rows = [part.num_rows for part in prepared]
-        arguments, mask = _meet_in_length([part.binding for part in prepared], num_rows)
-        stacked = stack(prepared[0].layout, arguments, num_rows) | mask
-        call = Call(
-            module=first.module,
-            method=first.method,
-            args=(),
-            kwargs=_spread(first, stacked),
-            autocast=first.autocast,
-            loras=tuple((call.loras[0][0], count) for call, count in zip(calls, num_rows, strict=True)),
-        )
-        return split(first.module.run(call, owner), num_rows)
+        result = calls[0].module.run(joined(calls, prepared), owner)
+        return split(result, [part.num_rows for part in prepared])
 
     def _give_up(self, outline: Hashable, calls: Sequence[Call], owners: Sequence[str], reason: str) -> list[Any]:
         self._layouts[outline] = None
         logger.warning("calls of %s run alone: %s", calls[0].module.name, reason)
         return [call.module.run(call, owner) for call, owner in zip(calls, owners, strict=True)]
+
+
+def joined(calls: Sequence[Call], prepared: Sequence[Stackable]) -> Call:
+    """Return one call with the rows of all. Raises NotStackable."""
+    first = calls[0]
+    num_rows = [part.num_rows for part in prepared]
+    arguments, mask = _meet_in_length([part.binding for part in prepared], num_rows)
+    stacked = stack(prepared[0].layout, arguments, num_rows) | mask
+    return Call(
+        module=first.module,
+        method=first.method,
+        args=(),
+        kwargs=_spread(first, stacked),
+        autocast=first.autocast,
+        loras=tuple((call.loras[0][0], count) for call, count in zip(calls, num_rows, strict=True)),
+    )
+
+
+def divided(call: Call, prepared: Stackable) -> tuple[Call, Call]:
+    """Return two calls with the first and the second half of one call's rows. Raises NotStackable."""
+    first = prepared.num_rows // 2
+    num_rows = [first, prepared.num_rows - first]
+    parts = divide(prepared.layout, prepared.binding.arguments, num_rows)
+    mask, padded = prepared.binding.text_mask, prepared.binding.padded
+    if padded is not None:
+        masks = [None, None] if mask is None else mask.split(num_rows)
+        parts = [part | {padded.mask: own} for part, own in zip(parts, masks, strict=True)]
+    one, two = (
+        Call(
+            module=call.module,
+            method=call.method,
+            args=(),
+            kwargs=_spread(call, part),
+            autocast=call.autocast,
+            loras=tuple((loras, count) for loras, _ in call.loras),
+        )
+        for part, count in zip(parts, num_rows, strict=True)
+    )
+    return one, two
 
 
 def _mixed_layers(calls: Sequence[Call]) -> frozenset[str]:

@@ -36,6 +36,7 @@ from .lora.service import GetLoras, Loras
 from .lora.sets import ModuleLoras
 from .memory import DeviceLost, PeakMemory, device_error, free_bytes
 from .pace import Pace
+from .passes import Passes
 from .probe import same_call_for_two
 from .prompt_cache import PromptCache
 from .recall import Recall
@@ -65,8 +66,9 @@ class Worker:
     ) -> None:
         self.served = served
         self.stacker = Stacker()
+        self._passes = Passes(self.stacker, served.run_both)
         self.prompt_cache = PromptCache(config.prompt_cache_bytes)
-        self._recall = Recall(self.prompt_cache)
+        self._recall = Recall(self.prompt_cache, foresees=self._passes.has_halves)
         self.jobs: dict[str, Job] = {}
         self.loras = Loras(
             served,
@@ -187,7 +189,7 @@ class Worker:
         try:
             self._bring_loras(plan, jobs)
             with self._pace.measured((plan.kind, len(jobs)), partial(self._ran, plan, calls)):
-                answers = self._answers(jobs)
+                answers = self._passes.run(jobs)
         except Exception as error:
             self._could_not_run(plan, jobs, error, self._clock() - started)
             return
@@ -220,13 +222,6 @@ class Worker:
         if calls[0].module.loras is not None:
             calls[0].module.loras.note_pass([call.loras[0] for call in calls], seconds)
         self._scheduler.ran(plan, seconds, self._clock(), peak_bytes=self._peak.taken())
-
-    def _answers(self, jobs: list[Job]) -> list[Any]:
-        if len(jobs) == 1:
-            return [jobs[0].call.module.run(jobs[0].call, jobs[0].job_id)]
-        return self.stacker.run(
-            [job.call for job in jobs], [job.stackable for job in jobs], [job.job_id for job in jobs]
-        )
 
     def _could_not_run(self, plan: Run, jobs: list[Job], error: Exception, seconds: float) -> None:
         """A call failed: the device is lost, a batch did not fit and is cut, or the job hears of it."""
@@ -265,7 +260,7 @@ class Worker:
             outcome = advance()
             self._recall.remember(job)
             while isinstance(outcome, Call):
-                known, answer = self._recall.known(job, outcome)
+                known, answer = self._recall.answer(job, outcome)
                 if not known:
                     break
                 outcome = job.fiber.resume(answer)

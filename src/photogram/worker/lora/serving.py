@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -22,11 +22,23 @@ _MAX_KNOWN = 1024
 
 
 class ModuleServing:
-    """The LoRAs of one module: its weights, and what may be applied without touching them."""
+    """The LoRAs of one module: its weights, and what may be applied without touching them.
 
-    def __init__(self, name: str, module: torch.nn.Module, device: torch.device) -> None:
+    With `share` (as `ModuleWeights` takes it) LoRAs are only merged: what stands beside the weights is on one rank.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        module: torch.nn.Module,
+        device: torch.device,
+        share: Callable[[Sequence[str]], None] | None = None,
+    ) -> None:
         self.name = name
-        self.weights = ModuleWeights(name, module, device)
+        self.weights = ModuleWeights(name, module, device, share)
+        self._is_shared = share is not None
+        if self._is_shared:
+            logger.info("%s: LoRAs are merged on all ranks; jobs with different ones do not share passes", name)
         self._mixer = Mixer(module, device)
         self._not_mixable: set[str | None] = set()  # layers that were found not to keep rows apart; None: all
         self._mixes: OrderedDict[Key, bool] = OrderedDict()
@@ -43,7 +55,7 @@ class ModuleServing:
         return known
 
     def _find_out(self, loras: ModuleLoras) -> bool:
-        if None in self._not_mixable or not self._mixer.takes_hooks():
+        if self._is_shared or None in self._not_mixable or not self._mixer.takes_hooks():
             return False
         hindering = [*(loras.layers & self._not_mixable), *self._mixer.obstacles(loras)]
         if hindering:

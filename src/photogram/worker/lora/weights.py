@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 
@@ -27,13 +27,21 @@ _GUESSED_RATE = {"cuda": 20e9, "cpu": 2e9}
 
 class ModuleWeights:
     """Owns the parameters of one module as far as LoRAs change them. `device` is where the arithmetic is done; the
-    parameters may lie elsewhere."""
+    parameters may lie elsewhere. `share` is told the names of those that have changed, where other ranks hold the
+    module too; it must leave them with the same values or raise DeviceLost."""
 
-    def __init__(self, name: str, module: torch.nn.Module, device: torch.device) -> None:
+    def __init__(
+        self,
+        name: str,
+        module: torch.nn.Module,
+        device: torch.device,
+        share: Callable[[Sequence[str]], None] | None = None,
+    ) -> None:
         self.name = name
         self.merged: ModuleLoras = BASE
         self._module = module
         self._device = device
+        self._share = share
         self._kept: dict[str, torch.Tensor] = {}
         self._rate = _GUESSED_RATE.get(device.type, 2e9)
         self._copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -60,6 +68,8 @@ class ModuleWeights:
             self._put_back(touched, before)
             raise
         self.merged = wanted
+        if self._share is not None:
+            self._share(sorted(touched))
         seconds = self._now() - started
         if touched and not is_first and seconds > 0:
             self._rate = self._bytes(touched) / seconds
@@ -114,7 +124,10 @@ class ModuleWeights:
                 yield arrived, base
 
     def _put_back(self, touched: Iterable[str], before: ModuleLoras) -> None:
-        """After a failure: the base first, which needs no memory, then what was merged before."""
+        """After a failure: the base first, which needs no memory, then what was merged before.
+
+        Other ranks have not heard of the attempt; they do where what was merged before cannot come back.
+        """
         for name in touched:
             if name in self._kept:
                 self._module.get_parameter(name).data.copy_(self._kept[name])
@@ -128,6 +141,8 @@ class ModuleWeights:
             # Every call asks for the weights it needs, so the base is a safe place to be.
             for name in before.changes:
                 self._module.get_parameter(name).data.copy_(self._kept[name])
+            if self._share is not None:
+                self._share(sorted(before.changes))
             logger.exception("%s: what was merged before could not be merged again; the base is in place", self.name)
 
     def _bytes(self, names: Iterable[str]) -> int:

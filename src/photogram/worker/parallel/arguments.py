@@ -6,6 +6,7 @@ before any other rank has heard of it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import msgspec
@@ -59,34 +60,67 @@ def outline(value: Any, tensors: list[torch.Tensor]) -> Outline:
     raise TypeError(f"{type(value).__name__} cannot be sent to the other devices")
 
 
-def send(tensors: list[torch.Tensor], mesh: Mesh) -> None:
+Arrive = Callable[[torch.Tensor], object]
+"""Fills a tensor of bytes with the next one that is sent."""
+
+
+def send(tensors: list[torch.Tensor], group: dist.ProcessGroup) -> None:
     """Broadcast an outline's tensors from the leader."""
     for tensor in tensors:
-        dist.broadcast(_carried(tensor.contiguous()), src=0, group=mesh.everyone)
+        dist.broadcast(_carried(tensor.contiguous()), src=0, group=group)
+
+
+def send_to_leader(tensors: list[torch.Tensor], mesh: Mesh) -> None:
+    """Send a result's tensors to the leader alone."""
+    for tensor in tensors:
+        dist.send(_carried(tensor.contiguous()), dst=0, group=mesh.to_group[mesh.cfg_index])
 
 
 def receive(described: Outline, mesh: Mesh) -> Any:
     """Return the value that the leader described, its tensors received in order."""
+    group = mesh.to_group[mesh.cfg_index]
+    return _receive(described, mesh.device, lambda tensor: dist.broadcast(tensor, src=0, group=group))
+
+
+def receive_from(described: Outline, cfg_index: int, mesh: Mesh) -> Any:
+    """Return a result that the first rank of another CFG group has sent to the leader."""
+    group, sender = mesh.to_group[cfg_index], cfg_index * mesh.size
+    return _receive(described, mesh.device, lambda tensor: dist.recv(tensor, src=sender, group=group))
+
+
+def _receive(described: Outline, own_device: torch.device, arrive: Arrive) -> Any:
     match described:
         case TensorOutline(dtype=dtype, shape=shape, on_device=on_device):
-            device = mesh.device if on_device else torch.device("cpu")
+            device = own_device if on_device else torch.device("cpu")
             tensor = torch.empty(shape, dtype=getattr(torch, dtype), device=device)
-            dist.broadcast(_carried(tensor), src=0, group=mesh.everyone)
+            arrive(_carried(tensor))
             return tensor
         case Plain(value=value):
             return value
         case DType(name=name):
             return getattr(torch, name)
         case Items(kind=kind, items=items):
-            values = [receive(item, mesh) for item in items]
+            values = [_receive(item, own_device, arrive) for item in items]
             return values if kind == "list" else tuple(values)
         case Fields(fields=fields):
-            return {key: receive(item, mesh) for key, item in fields.items()}
+            return {key: _receive(item, own_device, arrive) for key, item in fields.items()}
+
+
+def receive_into(tensor: torch.Tensor, mesh: Mesh) -> None:
+    """Take over the values of a tensor of the same type and shape that the leader sends, whatever its layout here."""
+    arriving = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+    dist.broadcast(_carried(arriving), src=0, group=mesh.world)
+    tensor.copy_(arriving)
 
 
 def _carried(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor's memory in a type that every transport knows (booleans and fp8 are not among gloo's)."""
-    return tensor.view(-1).view(torch.uint8) if tensor.numel() else tensor.view(-1).to(torch.uint8)
+    flat = tensor.view(-1)
+    if not flat.numel():
+        return flat.to(torch.uint8)
+    if flat.stride(0) != 1:  # one value, expanded: contiguous, and yet no view of its bytes
+        flat = flat.clone(memory_format=torch.contiguous_format)
+    return flat.view(torch.uint8)
 
 
 def _name(dtype: torch.dtype) -> str:

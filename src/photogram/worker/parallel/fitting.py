@@ -34,27 +34,28 @@ def fit(degrees: Degrees, checkpoint: Checkpoint) -> Degrees:
     values around. Raises ConfigError, naming what would do, for a model that cannot be split and for heads that do not
     divide.
     """
-    if degrees.world_size == 1:
+    if degrees.sequence == 1:
         return degrees
     denoisers = _denoisers(checkpoint)
     for one in denoisers:
         if plan_of(_class(one.class_name)) is None:
             raise ConfigError(
                 f"--num-gpus: {one.class_name} cannot be split over several devices. "
-                "With --dp-size as large as --num-gpus, each of them serves jobs of its own."
+                "--cfg-parallel, which runs the two halves of a guided step on two, works with every model, and with "
+                "--dp-size as large as --num-gpus each of them serves jobs of its own."
             )
     fitting = [
         ulysses
-        for ulysses in divisors(degrees.world_size)
+        for ulysses in divisors(degrees.sequence)
         if all(one.num_heads is None or one.num_heads % ulysses == 0 for one in denoisers)
     ]
     heads = " and ".join(sorted({f"{one.num_heads} heads" for one in denoisers if one.num_heads is not None}))
     if not degrees.is_chosen:
         best = max(fitting)
-        chosen = msgspec.structs.replace(degrees, ulysses=best, ring=degrees.world_size // best, is_chosen=True)
+        chosen = msgspec.structs.replace(degrees, ulysses=best, ring=degrees.sequence // best, is_chosen=True)
         logger.info(
             "%d devices and %s: %d exchange heads (Ulysses), which moves the least data%s",
-            degrees.world_size, heads or "an unknown number of heads", chosen.ulysses,
+            degrees.sequence, heads or "an unknown number of heads", chosen.ulysses,
             "" if chosen.ring == 1 else f", in a ring of {chosen.ring}",
         )  # fmt: skip
         return chosen
@@ -62,7 +63,7 @@ def fit(degrees: Degrees, checkpoint: Checkpoint) -> Degrees:
         name = next(one.class_name for one in denoisers if one.num_heads and one.num_heads % degrees.ulysses)
         raise ConfigError(
             f"--ulysses-degree {degrees.ulysses}: {name} has {heads}, which do not divide by it. With "
-            f"{degrees.world_size} devices: {', '.join(map(str, fitting))}, and --ring-degree for the rest."
+            f"{degrees.sequence} devices: {', '.join(map(str, fitting))}, and --ring-degree for the rest."
         )
     return degrees
 

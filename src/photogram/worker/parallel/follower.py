@@ -21,12 +21,12 @@ from ..modules import is_denoiser
 from ..parent import end_with_parent
 from ..process import configure_logging
 from ..tuning.tune import tune
-from .arguments import receive
+from .arguments import outline, receive, receive_into, send_to_leader
 from .attention import Shares
 from .decoding import split_decoder
 from .lengths import Lengths
 from .mesh import Mesh, join, share_cores
-from .orders import Join, Link, Loaded, Order, Outcome, RunCall, shape_of
+from .orders import Join, Link, Loaded, Order, Outcome, RunCall, SetWeights, shape_of
 from .sharding import shard
 
 logger = logging.getLogger("photogram.worker.follower")
@@ -49,7 +49,8 @@ def main(arguments: list[str]) -> int:
         try:
             modules, vae = load_for_follower(first.config, device)
             for module in modules.values():
-                shard(module, Shares(mesh, lengths))
+                if mesh.size > 1:
+                    shard(module, Shares(mesh, lengths))
             if vae is not None:
                 split_decoder(vae, mesh, lengths)
                 modules["vae"] = vae
@@ -59,27 +60,37 @@ def main(arguments: list[str]) -> int:
             return 2
         link.send(Loaded(None))
         while order := link.receive():
+            if isinstance(order, SetWeights):
+                for parameter in order.parameters:
+                    receive_into(modules[order.module].get_parameter(parameter).data, mesh)
+                continue
             assert isinstance(order, RunCall)
             with tuned.attention.around_calls():
-                outcome = _run(order, modules, mesh, lengths)
-            link.send(Outcome(order.number, outcome))
+                outcome, tensors = _run(order, modules, mesh, lengths)
+            link.send(outcome)
+            send_to_leader(tensors, mesh)
     return 0
 
 
-def _run(order: RunCall, modules: dict[str, torch.nn.Module], mesh: Mesh, lengths: Lengths) -> str | None:
+def _run(
+    order: RunCall, modules: dict[str, torch.nn.Module], mesh: Mesh, lengths: Lengths
+) -> tuple[Outcome, list[torch.Tensor]]:
+    """Run this rank's share of a call; return what to say of it and the tensors that go with that."""
+    tensors: list[torch.Tensor] = []
     arguments: dict[str, Any] = receive(order.arguments, mesh)
     try:
         with ExitStack() as stack:
             if order.autocast is not None:
                 stack.enter_context(torch.autocast(mesh.device.type, dtype=getattr(torch, order.autocast)))
             lengths.begin(shape_of(order))
-            getattr(modules[order.module], order.method)(*arguments["args"], **arguments["kwargs"])
+            result = getattr(modules[order.module], order.method)(*arguments["args"], **arguments["kwargs"])
             lengths.end()
+            answer = outline(result, tensors) if order.answers and mesh.rank == 0 else None
     except Exception as error:
         # One call's border: whether it failed everywhere, and so for its job alone, is the leader's to judge.
         logger.warning("%s.%s failed on rank %d: %s", order.module, order.method, mesh.rank, error)
-        return f"{type(error).__name__}: {error}"
-    return None
+        return Outcome(order.number, f"{type(error).__name__}: {error}"), []
+    return Outcome(order.number, None, answer), tensors
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,14 +19,15 @@ import torch
 
 from ...core.config import WorkerConfig
 from ...core.errors import ConfigError
+from ..fibers import Autocast, Call
 from ..memory import DeviceLost
 from ..modules import BigModule
-from .arguments import outline, send
+from .arguments import outline, receive_from, send
 from .attention import Shares
 from .decoding import pays, split_decoder
 from .lengths import Lengths
 from .mesh import Mesh, join, share_cores
-from .orders import Join, Link, Loaded, Outcome, Reply, RunCall, shape_of
+from .orders import Join, Link, Loaded, Outcome, Reply, RunCall, SetWeights, shape_of
 from .sharding import shard
 
 logger = logging.getLogger(__name__)
@@ -34,6 +35,9 @@ logger = logging.getLogger(__name__)
 # How long ranks may differ on whether a call failed before the group counts as lost: the others wait in a collective
 # that will never come about.
 DISAGREEMENT_S = 10.0
+
+RunBoth = Callable[[Callable[[], Any], Call], tuple[Any, Any]]
+"""`Group.run_both`."""
 
 
 @dataclass(slots=True)
@@ -62,6 +66,7 @@ class Group:
         self._mesh: Mesh | None = None
         self._lengths: Lengths | None = None
         self._number = 0
+        self._pending: set[int] = set()  # calls whose end the leader has not seen yet
         self._outcomes = threading.Condition()
         first = device.index or 0
         if device.type == "cpu":
@@ -94,8 +99,9 @@ class Group:
         """
         self._mesh = join(self._degrees, 0, self._device, Path(self._meeting_file))
         self._lengths = Lengths(self._mesh)
-        for denoiser in denoisers.values():
-            shard(denoiser, Shares(self._mesh, self._lengths))
+        if self._degrees.sequence > 1:
+            for denoiser in denoisers.values():
+                shard(denoiser, Shares(self._mesh, self._lengths))
         if vae is not None:
             split_decoder(vae, self._mesh, self._lengths)
         for follower in self._followers:
@@ -103,11 +109,15 @@ class Group:
             if follower.load_error is not None:
                 raise ConfigError(f"--num-gpus: rank {follower.rank} cannot load the model ({follower.load_error}).")
         logger.info(
-            "%d ranks: Ulysses %d, ring %d", self._degrees.world_size, self._degrees.ulysses, self._degrees.ring
-        )
+            "%d ranks: Ulysses %d, ring %d, CFG %d",
+            self._degrees.world_size, self._degrees.ulysses, self._degrees.ring, self._degrees.cfg,
+        )  # fmt: skip
 
     def take_over(self, modules: Mapping[str, BigModule], *, decodes: bool) -> None:
-        """Run every denoiser call and, where the VAE `decodes` on all ranks, its too, with all of them from now on."""
+        """Run every denoiser call and, where the VAE `decodes` on several ranks, its too, with all of the leader's CFG
+        group from now on."""
+        if self._degrees.sequence == 1:
+            return
         for name, module in modules.items():
             if module.is_denoiser:
                 module.real["forward"] = partial(self._run, name, "forward", module.real["forward"])
@@ -116,52 +126,138 @@ class Group:
             vae.real["decode"] = partial(self._decode, vae.real["decode"])
 
     def _decode(self, real: Callable[..., Any], z: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Decode latents, on all ranks where they are large enough for that."""
-        if not pays(z, self._degrees.world_size):
+        """Decode latents, on the leader's CFG group where they are large enough for that."""
+        if not pays(z, self._degrees.sequence):
             return real(z, *args, **kwargs)
         # Some pipelines pass their generator, which cannot be sent; of the decoders that are split none draws noise.
         kwargs.pop("generator", None)
         return self._run("vae", "decode", real, z, *args, **kwargs)
 
+    def share_weights(self, name: str, denoiser: torch.nn.Module, parameters: Sequence[str]) -> None:
+        """Give the other ranks the values that these parameters have here, bit for bit.
+
+        Raises DeviceLost when that fails: nobody knows then what the others hold.
+        """
+        assert self._mesh is not None
+        try:
+            for follower in self._followers:
+                follower.link.send(SetWeights(name, tuple(parameters)))
+            for parameter in parameters:
+                send([denoiser.get_parameter(parameter).data], self._mesh.world)
+        except Exception as error:
+            raise DeviceLost(f"weights of {name} could not be sent to every rank: {error}") from error
+
+    # --- calls
+
     def _run(self, module: str, method: str, real: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Run a network's method on all ranks and return the whole result.
+        """Run a network's method on all ranks of the leader's CFG group and return the whole result.
 
         Raises what it raised, where it failed on every rank; DeviceLost where the ranks differ.
         """
-        assert self._mesh is not None
         assert self._lengths is not None
-        tensors: list[torch.Tensor] = []
-        arguments = outline({"args": args, "kwargs": kwargs}, tensors)
-        self._number += 1
         device_type = self._device.type
-        dtype = str(torch.get_autocast_dtype(device_type)).removeprefix("torch.")
-        autocast = dtype if torch.is_autocast_enabled(device_type) else None
-        order = RunCall(self._number, module, method, arguments, autocast)
-        for follower in self._followers:
-            follower.link.send(order)
-        send(tensors, self._mesh)
+        dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+        order = self._order(0, module, method, {"args": args, "kwargs": kwargs}, dtype)
         try:
             self._lengths.begin(shape_of(order))
             result = real(*args, **kwargs)
             self._lengths.end()
         except Exception as error:
-            if not self._all_failed():
+            if not self._all_failed(order.number, self._of_group(0)):
                 raise DeviceLost(f"a call failed on the leader and not on every rank: {error}") from error
             raise
+        finally:
+            self._pending.discard(order.number)
         return result
 
-    def _all_failed(self) -> bool:
-        """Wait for every rank's word on the present call."""
+    def run_both(self, first: Callable[[], Any], second: Call) -> tuple[Any, Any]:
+        """Run `first` here while the second CFG group runs `second`, and return both results.
+
+        `second` is the forward of a denoiser whose weights are as the call needs them. Its result is None where it
+        failed; so it can be run here, and say why. Raises what `first` raises; DeviceLost where the second group's
+        ranks differ.
+        """
+        assert self._mesh is not None
+        autocast: Autocast | None = second.autocast
+        arguments = {"args": second.args, "kwargs": second.kwargs}
+        try:
+            dtype = autocast.dtype if autocast is not None else None
+            order = self._order(1, second.module.name, second.method, arguments, dtype)
+        except TypeError:
+            return first(), None
+        try:
+            result = first()
+        except DeviceLost:
+            raise
+        except Exception:
+            self._collect(order.number)
+            raise
+        theirs = self._collect(order.number)
+        # Of a result with fields only these were sent.
+        return result, type(result)(**theirs) if isinstance(result, dict) and theirs is not None else theirs
+
+    def _order(
+        self, cfg_index: int, module: str, method: str, arguments: Mapping[str, Any], autocast: torch.dtype | None
+    ) -> RunCall:
+        """Send a call to a CFG group's ranks. Raises TypeError, before any has heard of it, for what cannot be sent."""
+        assert self._mesh is not None
+        tensors: list[torch.Tensor] = []
+        described = outline(arguments, tensors)
+        self._number += 1
+        order = RunCall(
+            number=self._number,
+            module=module,
+            method=method,
+            arguments=described,
+            autocast=str(autocast).removeprefix("torch.") if autocast is not None else None,
+            answers=cfg_index > 0,
+        )
+        self._pending.add(order.number)
+        for follower in self._of_group(cfg_index):
+            follower.link.send(order)
+        send(tensors, self._mesh.to_group[cfg_index])
+        return order
+
+    def _collect(self, number: int) -> Any:
+        """Return the second group's result of a call, None where the call failed on all of its ranks."""
+        assert self._mesh is not None
+        members = self._of_group(1)
+        speaker = members[0]
+        with self._outcomes:
+            self._outcomes.wait_for(lambda: self._outcome(speaker, number) is not None)
+            outcome = self._outcome(speaker, number)
+        assert outcome is not None
+        try:
+            if outcome.error is not None:
+                if not self._all_failed(number, members):
+                    raise DeviceLost(f"a call failed on one rank and not on every one: {outcome.error}")
+                return None
+            assert outcome.result is not None
+            return receive_from(outcome.result, 1, self._mesh)
+        finally:
+            self._pending.discard(number)
+
+    def _of_group(self, cfg_index: int) -> list[_Follower]:
+        """The followers of one CFG group."""
+        return [one for one in self._followers if one.rank // self._degrees.sequence == cfg_index]
+
+    def _all_failed(self, number: int, members: Sequence[_Follower]) -> bool:
+        """Wait for the word of these ranks on a call."""
         deadline = time.monotonic() + DISAGREEMENT_S
         with self._outcomes:
-            while not all(self._failed(follower) for follower in self._followers):
+            while not all(self._failed(follower, number) for follower in members):
                 if not self._outcomes.wait(deadline - time.monotonic()):
                     return False
         return True
 
-    def _failed(self, follower: _Follower) -> bool:
+    @staticmethod
+    def _outcome(follower: _Follower, number: int) -> Outcome | None:
         outcome = follower.last_outcome
-        return outcome is not None and outcome.number == self._number and outcome.error is not None
+        return outcome if outcome is not None and outcome.number == number else None
+
+    def _failed(self, follower: _Follower, number: int) -> bool:
+        outcome = self._outcome(follower, number)
+        return outcome is not None and outcome.error is not None
 
     def _hear(self, follower: _Follower) -> None:
         """Listen to one rank until it is gone; in a thread of its own."""
@@ -174,16 +270,17 @@ class Group:
                 follower.last_outcome = reply
                 self._outcomes.notify_all()
             if reply.error is not None:
-                threading.Timer(DISAGREEMENT_S / 2, self._expect_agreement, [reply]).start()
+                threading.Timer(DISAGREEMENT_S / 2, self._expect_agreement, [follower, reply]).start()
         if not follower.loaded.is_set():
             follower.load_error = "it ended while loading"
             follower.loaded.set()
         elif follower.load_error is None:
             self._on_lost(f"rank {follower.rank} ended (exit code {follower.process.wait()})")
 
-    def _expect_agreement(self, outcome: Outcome) -> None:
+    def _expect_agreement(self, follower: _Follower, outcome: Outcome) -> None:
         """A call failed on one rank a while ago: unless all say so, the others may wait in it for ever."""
+        members = self._of_group(follower.rank // self._degrees.sequence)
         with self._outcomes:
-            agreed = self._number > outcome.number or all(self._failed(follower) for follower in self._followers)
+            agreed = outcome.number not in self._pending or all(self._failed(one, outcome.number) for one in members)
         if not agreed:
             self._on_lost(f"a call failed on one rank alone: {outcome.error}")

@@ -1,8 +1,9 @@
 """Who works with whom: the process groups of one worker.
 
-Ranks are laid out ring-major: rank = ring index * ulysses + ulysses index. The ranks of one Ulysses group exchange
-heads for tokens (DeepSpeed-Ulysses, arXiv:2309.14509), those of one ring pass keys and values around (Ring Attention,
-arXiv:2310.01889); together they are what arXiv:2405.07719 calls unified sequence parallelism.
+The ranks are divided into CFG groups, each of which runs calls of its own: global rank = CFG index * sequence + rank.
+Within one they are laid out ring-major: rank = ring index * ulysses + ulysses index. The ranks of one Ulysses group
+exchange heads for tokens (DeepSpeed-Ulysses, arXiv:2309.14509), those of one ring pass keys and values around (Ring
+Attention, arXiv:2310.01889); together they are what arXiv:2405.07719 calls unified sequence parallelism.
 """
 
 from __future__ import annotations
@@ -24,19 +25,32 @@ _PATIENCE = timedelta(days=365)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mesh:
-    """One rank's place. `control` is a group of all ranks on the CPU, whatever the device."""
+    """One rank's place in its CFG group: `rank` and `size` are those of the group, `everyone` its ranks, and `control`
+    the same ones on the CPU, whatever the device.
+
+    `world` holds all ranks of all groups; `to_group`, by CFG index, the leader and the ranks of that group: of
+    another's than its own only the leader is a member.
+    """
 
     degrees: Degrees
     rank: int
+    cfg_index: int
     device: torch.device
     everyone: dist.ProcessGroup
     control: dist.ProcessGroup
     ulysses: dist.ProcessGroup
     ring: dist.ProcessGroup
+    world: dist.ProcessGroup
+    to_group: tuple[dist.ProcessGroup, ...]
 
     @property
     def size(self) -> int:
-        return self.degrees.world_size
+        return self.degrees.sequence
+
+    @property
+    def first_rank(self) -> int:
+        """Global rank of the first one of this CFG group."""
+        return self.cfg_index * self.degrees.sequence
 
     @property
     def ring_index(self) -> int:
@@ -47,8 +61,8 @@ class Mesh:
         return self.rank % self.degrees.ulysses
 
     def ring_rank(self, ring_index: int) -> int:
-        """Return the rank at another place of this rank's ring."""
-        return ring_index % self.degrees.ring * self.degrees.ulysses + self.ulysses_index
+        """Return the global rank at another place of this rank's ring."""
+        return self.first_rank + ring_index % self.degrees.ring * self.degrees.ulysses + self.ulysses_index
 
 
 def join(degrees: Degrees, rank: int, device: torch.device, meeting_file: Path) -> Mesh:
@@ -75,21 +89,31 @@ def meet(world_size: int, rank: int, device: torch.device, meeting_file: Path) -
 
 
 def arrange(degrees: Degrees, rank: int, device: torch.device) -> Mesh:
-    """Return this rank's place among ranks that have met. Every rank makes every group, in the same order."""
-    control = dist.new_group(backend="gloo", timeout=_PATIENCE)
-    layout = [range(start, start + degrees.ulysses) for start in range(0, degrees.world_size, degrees.ulysses)]
-    ulysses = [dist.new_group(list(ranks), timeout=_PATIENCE) for ranks in layout]
-    ring = [dist.new_group(list(ranks), timeout=_PATIENCE) for ranks in zip(*layout, strict=True)]
-    everyone = dist.group.WORLD
-    assert everyone is not None, "the ranks have met"
+    """Return the place of global rank `rank` among ranks that have met. Every rank makes every group, in one order."""
+    world = dist.group.WORLD
+    assert world is not None, "the ranks have met"
+    size, mine = degrees.sequence, rank // degrees.sequence
+    groups = [range(index * size, (index + 1) * size) for index in range(degrees.cfg)]
+    everyone, control, ulysses, ring, to_group = [], [], [], [], []
+    for ranks in groups:
+        everyone.append(dist.new_group(list(ranks), timeout=_PATIENCE))
+        control.append(dist.new_group(list(ranks), backend="gloo", timeout=_PATIENCE))
+        to_group.append(dist.new_group(sorted({0, *ranks}), timeout=_PATIENCE))
+        layout = [ranks[start : start + degrees.ulysses] for start in range(0, size, degrees.ulysses)]
+        ulysses.append([dist.new_group(list(members), timeout=_PATIENCE) for members in layout])
+        ring.append([dist.new_group(list(members), timeout=_PATIENCE) for members in zip(*layout, strict=True)])
+    place = rank % size
     return Mesh(
         degrees=degrees,
-        rank=rank,
+        rank=place,
+        cfg_index=mine,
         device=device,
-        everyone=everyone,
-        control=control,
-        ulysses=ulysses[rank // degrees.ulysses],
-        ring=ring[rank % degrees.ulysses],
+        everyone=everyone[mine],
+        control=control[mine],
+        ulysses=ulysses[mine][place // degrees.ulysses],
+        ring=ring[mine][place % degrees.ulysses],
+        world=world,
+        to_group=tuple(to_group),
     )
 
 

@@ -26,13 +26,21 @@ class Join(msgspec.Struct, frozen=True, tag="join"):
 
 
 class RunCall(msgspec.Struct, frozen=True, tag="run"):
-    """Run a network's method with everybody; its tensors follow by broadcast."""
+    """Run a network's method with the other ranks of the CFG group; its tensors follow by broadcast."""
 
     number: int
     module: str
     method: str
     arguments: Outline
     autocast: str | None  # the precision of the leader's autocast, where it has one
+    answers: bool = False  # whether the first rank of the group sends the result to the leader
+
+
+class SetWeights(msgspec.Struct, frozen=True, tag="weights"):
+    """Take over these parameters of a denoiser; their values follow by broadcast, in this order."""
+
+    module: str
+    parameters: tuple[str, ...]
 
 
 def shape_of(order: RunCall) -> bytes:
@@ -40,7 +48,7 @@ def shape_of(order: RunCall) -> bytes:
     return f"{order.module}.{order.method} ".encode() + msgspec.msgpack.encode(order.arguments)
 
 
-Order = Join | RunCall
+Order = Join | RunCall | SetWeights
 
 # --- from a follower
 
@@ -52,10 +60,11 @@ class Loaded(msgspec.Struct, frozen=True, tag="loaded"):
 
 
 class Outcome(msgspec.Struct, frozen=True, tag="outcome"):
-    """A call is over here; `error` says why it failed."""
+    """A call is over here; `error` says why it failed. The tensors of a `result` follow, to the leader alone."""
 
     number: int
     error: str | None
+    result: Outline | None = None
 
 
 Reply = Loaded | Outcome

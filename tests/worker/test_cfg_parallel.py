@@ -1,0 +1,115 @@
+"""The two halves of a guided step, run at the same time on two groups of ranks, give what one rank gives."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+
+from families import FAMILIES
+from photogram.core.request import GenerateRequest
+
+from .drawing import Studio, relative_error
+from .in_process import in_process
+from .test_families_served import requests_of
+
+TOLERANCE = 1e-4  # of the latents' range, fp32
+STEPS = 4
+
+
+@dataclass
+class Result:
+    latents: dict[str, torch.Tensor]
+    passes: list[tuple[str, ...]]
+
+
+def draw(
+    folder: Path,
+    scratch: Path,
+    denoisers: tuple[str, ...],
+    batches: list[list[GenerateRequest]],
+    settings: dict[str, Any],
+) -> list[Result]:
+    """Draw batches of requests one after the other on one start of the ranks."""
+    torch.set_num_threads(1)
+    studio = Studio(folder, scratch, **settings)
+    results = []
+    for batch in batches:
+        drawn = studio.draw(batch)
+        assert [one.failure for one in drawn.values()] == [None] * len(batch)
+        latents = {job_id: one.latents for job_id, one in drawn.items()}
+        results.append(Result(latents, studio.passes(*denoisers)))
+    return results
+
+
+def guided(name: str) -> list[GenerateRequest]:
+    return [msgspec.structs.replace(one, num_inference_steps=STEPS, guidance_scale=3.0) for one in requests_of(name)]
+
+
+def on_one_and_more(
+    name: str, family_folder, scratch: Path, batches: list[list[GenerateRequest]], **settings: Any
+) -> tuple[list[Result], list[Result]]:
+    """What one rank draws, and what several with these settings do."""
+    folder, denoisers = family_folder(name), FAMILIES[name].denoisers
+    return (
+        in_process(draw, folder, scratch, denoisers, batches, {}),
+        in_process(draw, folder, scratch, denoisers, batches, settings),
+    )
+
+
+@pytest.mark.parametrize("name", ["qwen-image", pytest.param("wan-2.1", marks=pytest.mark.long)])
+def test_a_job_gets_the_bits_of_one_rank_in_half_the_passes(name, family_folder, tmp_path):
+    first, second, third = guided(name)
+    alone, together = [first], [second, third]
+    one, two = on_one_and_more(name, family_folder, tmp_path, [alone, together, together], num_gpus=2, cfg_parallel=2)
+    assert torch.equal(two[0].latents[first.job_id], one[0].latents[first.job_id])
+    assert len(one[0].passes) == 2 * STEPS
+    assert len(two[0].passes) == STEPS + 1  # of the first step nothing is foretold
+    for mine, theirs in zip(two[1:], one[1:], strict=True):
+        for job_id, latents in theirs.latents.items():
+            assert relative_error(mine.latents[job_id], latents) < TOLERANCE
+    assert len(two[2].passes) == STEPS + 1  # of two jobs each
+
+
+@pytest.mark.long
+def test_the_rows_of_one_call_are_run_apart(family_folder, tmp_path):
+    first, second, third = guided("stable-diffusion-xl")
+    one, two = on_one_and_more(
+        "stable-diffusion-xl", family_folder, tmp_path, [[first], [second, third]], num_gpus=2, enable_cfg_parallel=True
+    )
+    for mine, theirs in zip(two, one, strict=True):
+        for job_id, latents in theirs.latents.items():
+            assert relative_error(mine.latents[job_id], latents) < TOLERANCE
+
+
+@pytest.mark.long
+def test_jobs_without_guidance_are_divided_between_the_groups(family_folder, tmp_path):
+    jobs = [
+        msgspec.structs.replace(one, num_inference_steps=STEPS, guidance_scale=1.0) for one in requests_of("wan-2.1")
+    ]
+    one, two = on_one_and_more("wan-2.1", family_folder, tmp_path, [jobs], num_gpus=2, cfg_parallel=2)
+    for job_id, latents in one[0].latents.items():
+        assert relative_error(two[0].latents[job_id], latents) < TOLERANCE
+
+
+LAYOUTS = {
+    "Ulysses 2": {"num_gpus": 2, "ulysses_degree": 2},
+    "ring 2": {"num_gpus": 2, "ring_degree": 2},
+    "Ulysses 2 x ring 2": {"num_gpus": 4, "ulysses_degree": 2, "ring_degree": 2},
+    "CFG 2": {"num_gpus": 2, "cfg_parallel": 2},
+    "CFG 2 x Ulysses 2": {"num_gpus": 4, "cfg_parallel": 2, "ulysses_degree": 2},
+}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["wan-2.1", "flux-2-klein", "qwen-image"])
+def test_every_layout_draws_what_one_rank_draws(name, family_folder, tmp_path):
+    jobs = guided(name)
+    folder, denoisers = family_folder(name), FAMILIES[name].denoisers
+    reference = in_process(draw, folder, tmp_path, denoisers, [jobs], {})[0]
+    for layout, settings in LAYOUTS.items():
+        drawn = in_process(draw, folder, tmp_path, denoisers, [jobs], settings)[0]
+        for job_id, latents in reference.latents.items():
+            assert relative_error(drawn.latents[job_id], latents) < TOLERANCE, layout
