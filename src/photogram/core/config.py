@@ -236,8 +236,6 @@ class ServeConfig:
             raise ConfigError("--dit-cpu-offload and --dit-layerwise-offload: choose one.")
         if self.degrees.world_size > 1 and (self.dit_cpu_offload or self.dit_layerwise_offload):
             raise ConfigError(f"--dit-cpu-offload, --dit-layerwise-offload: not with --num-gpus {self.num_gpus}.")
-        if self.degrees.world_size > 1 and self.step_cache != "none":
-            raise ConfigError(f"--step-cache {self.step_cache}: not with --num-gpus {self.num_gpus}.")
         if not self.cuda_graph_memory_gb > 0:
             raise ConfigError(f"--cuda-graph-memory-gb {self.cuda_graph_memory_gb}: must be above 0.")
         for name in ("compile", "cuda_graphs"):

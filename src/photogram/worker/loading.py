@@ -6,7 +6,7 @@ import copy
 import inspect
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -177,6 +177,8 @@ def load_for_follower(
             )
         if is_denoiser(name) or _splits_vae(network, config):
             found[name] = network.to(device).eval()
+    if config.step_cache == "first-block":
+        _enable_step_cache(found.values(), config.step_cache_threshold)
     vae = found.pop("vae", None)
     if vae is not None:
         set_up_vae(vae, config.placement)
@@ -216,7 +218,7 @@ def prepare(
         num_replicas=config.num_replicas,
     )
     if config.step_cache == "first-block":
-        _enable_step_cache(pipeline, config.step_cache_threshold)
+        _enable_step_cache(pipeline.components.values(), config.step_cache_threshold)
     vae = pipeline.components.get("vae")
     decodes = group is not None and _splits_vae(vae, config)
     if group is not None:
@@ -303,8 +305,8 @@ def _precisions(checkpoint: Checkpoint, wanted: Precisions, device: torch.device
     return chosen
 
 
-def _enable_step_cache(pipeline: DiffusionPipeline, threshold: float) -> None:
-    found = [part for part in pipeline.components.values() if isinstance(part, CacheMixin)]
+def _enable_step_cache(components: Iterable[object], threshold: float) -> None:
+    found = [part for part in components if isinstance(part, CacheMixin)]
     if not found:
         raise ConfigError("--step-cache first-block: this model's denoiser has no step cache in diffusers.")
     for denoiser in found:

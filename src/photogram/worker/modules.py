@@ -43,6 +43,7 @@ class BigModule:
         self.is_denoiser = is_denoiser(name)
         self.loras: ModuleServing | None = None  # where LoRAs can change it
         self.graphs: Graphs | None = None  # where its calls may be replayed
+        self.forget_elsewhere: Callable[[str], None] | None = None  # tells other ranks whose step caches to drop
         self.around_calls: Callable[[], AbstractContextManager[object]] = nullcontext
         first = next(module.parameters(), None)
         self.dtype = first.dtype if first is not None and first.is_floating_point() else None
@@ -107,16 +108,9 @@ class BigModule:
         """Drop one job's step caches. diffusers' own reset would drop those of all jobs."""
         if not self.caches_steps:
             return
-        prefix = f"{context_owner}/"
-        for child in self.module.modules():
-            registry = getattr(child, "_diffusers_hook", None)
-            if not isinstance(registry, HookRegistry):
-                continue
-            for hook in registry.hooks.values():
-                for manager in vars(hook).values():
-                    if isinstance(manager, StateManager):
-                        for name in [name for name in manager._state_cache if name.startswith(prefix)]:
-                            del manager._state_cache[name]
+        forget_step_caches(self.module, context_owner)
+        if self.forget_elsewhere is not None:
+            self.forget_elsewhere(context_owner)
 
     def _suspend_at(self, method: str) -> None:
         real = getattr(self.module, method)
@@ -154,6 +148,20 @@ class BigModule:
 
         module.cache_context = noted
         module._reset_stateful_cache = _keep
+
+
+def forget_step_caches(module: torch.nn.Module, context_owner: str) -> None:
+    """Drop what the step cache of a module keeps for one job."""
+    prefix = f"{context_owner}/"
+    for child in module.modules():
+        registry = getattr(child, "_diffusers_hook", None)
+        if not isinstance(registry, HookRegistry):
+            continue
+        for hook in registry.hooks.values():
+            for manager in vars(hook).values():
+                if isinstance(manager, StateManager):
+                    for name in [name for name in manager._state_cache if name.startswith(prefix)]:
+                        del manager._state_cache[name]
 
 
 def _keep(recurse: bool = True) -> None:

@@ -61,7 +61,7 @@ class Passes:
         if following is not None:
             next_calls, next_prepared = following
             first, second = _as_one(calls, prepared), _as_one(next_calls, next_prepared)
-            result, next_result = run_both(partial(first.module.run, first, jobs[0].job_id), second)
+            result, next_result = run_both(partial(first.module.run, first, jobs[0].job_id), second, jobs[0].job_id)
             if next_result is not None:
                 answers = _parts(next_result, next_prepared)
                 for job, call, answer in zip(jobs, next_calls, answers, strict=True):
@@ -122,6 +122,6 @@ def _parts(result: Any, prepared: Sequence[Stackable | None]) -> list[Any]:
 
 
 def _both(first: Call, second: Call, owner: str, run_both: RunBoth) -> list[Any]:
-    result, other = run_both(partial(first.module.run, first, owner), second)
+    result, other = run_both(partial(first.module.run, first, owner), second, owner)
     # What failed over there is run here, to succeed or to say why.
     return [result, second.module.run(second, owner) if other is None else other]

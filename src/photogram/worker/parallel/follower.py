@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from diffusers.models.cache_utils import CacheMixin
 
 from ...core.errors import ConfigError
 from ..loading import load_for_follower
-from ..modules import is_denoiser
+from ..modules import forget_step_caches, is_denoiser
 from ..parent import end_with_parent
 from ..process import configure_logging
 from ..tuning.tune import tune
@@ -26,8 +27,9 @@ from .attention import Shares
 from .decoding import split_decoder
 from .lengths import Lengths
 from .mesh import Mesh, join, share_cores
-from .orders import Join, Link, Loaded, Order, Outcome, RunCall, SetWeights, shape_of
+from .orders import Forget, Join, Link, Loaded, Order, Outcome, RunCall, SetWeights, shape_of
 from .sharding import shard
+from .step_cache import agree
 
 logger = logging.getLogger("photogram.worker.follower")
 
@@ -51,6 +53,7 @@ def main(arguments: list[str]) -> int:
             for module in modules.values():
                 if mesh.size > 1:
                     shard(module, Shares(mesh, lengths))
+                    agree(module, mesh, lengths)
             if vae is not None:
                 split_decoder(vae, mesh, lengths)
                 modules["vae"] = vae
@@ -60,15 +63,17 @@ def main(arguments: list[str]) -> int:
             return 2
         link.send(Loaded(None))
         while order := link.receive():
-            if isinstance(order, SetWeights):
-                for parameter in order.parameters:
-                    receive_into(modules[order.module].get_parameter(parameter).data, mesh)
-                continue
-            assert isinstance(order, RunCall)
-            with tuned.attention.around_calls():
-                outcome, tensors = _run(order, modules, mesh, lengths)
-            link.send(outcome)
-            send_to_leader(tensors, mesh)
+            match order:
+                case SetWeights(module=name, parameters=parameters):
+                    for parameter in parameters:
+                        receive_into(modules[name].get_parameter(parameter).data, mesh)
+                case Forget(module=name, owner=owner):
+                    forget_step_caches(modules[name], owner)
+                case RunCall():
+                    with tuned.attention.around_calls():
+                        outcome, tensors = _run(order, modules, mesh, lengths)
+                    link.send(outcome)
+                    send_to_leader(tensors, mesh)
     return 0
 
 
@@ -82,6 +87,8 @@ def _run(
         with ExitStack() as stack:
             if order.autocast is not None:
                 stack.enter_context(torch.autocast(mesh.device.type, dtype=getattr(torch, order.autocast)))
+            if order.cache_context is not None:
+                stack.enter_context(CacheMixin.cache_context(modules[order.module], order.cache_context))
             lengths.begin(shape_of(order))
             result = getattr(modules[order.module], order.method)(*arguments["args"], **arguments["kwargs"])
             lengths.end()

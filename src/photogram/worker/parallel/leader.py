@@ -27,8 +27,9 @@ from .attention import Shares
 from .decoding import pays, split_decoder
 from .lengths import Lengths
 from .mesh import Mesh, join, share_cores
-from .orders import Join, Link, Loaded, Outcome, Reply, RunCall, SetWeights, shape_of
+from .orders import Forget, Join, Link, Loaded, Outcome, Reply, RunCall, SetWeights, shape_of
 from .sharding import shard
+from .step_cache import agree, context_name
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ logger = logging.getLogger(__name__)
 # that will never come about.
 DISAGREEMENT_S = 10.0
 
-RunBoth = Callable[[Callable[[], Any], Call], tuple[Any, Any]]
+RunBoth = Callable[[Callable[[], Any], Call, str], tuple[Any, Any]]
 """`Group.run_both`."""
 
 
@@ -66,6 +67,7 @@ class Group:
         self._mesh: Mesh | None = None
         self._lengths: Lengths | None = None
         self._number = 0
+        self._denoisers: Mapping[str, torch.nn.Module] = {}
         self._pending: set[int] = set()  # calls whose end the leader has not seen yet
         self._outcomes = threading.Condition()
         first = device.index or 0
@@ -99,9 +101,11 @@ class Group:
         """
         self._mesh = join(self._degrees, 0, self._device, Path(self._meeting_file))
         self._lengths = Lengths(self._mesh)
+        self._denoisers = denoisers
         if self._degrees.sequence > 1:
             for denoiser in denoisers.values():
                 shard(denoiser, Shares(self._mesh, self._lengths))
+                agree(denoiser, self._mesh, self._lengths)
         if vae is not None:
             split_decoder(vae, self._mesh, self._lengths)
         for follower in self._followers:
@@ -116,6 +120,9 @@ class Group:
     def take_over(self, modules: Mapping[str, BigModule], *, decodes: bool) -> None:
         """Run every denoiser call and, where the VAE `decodes` on several ranks, its too, with all of the leader's CFG
         group from now on."""
+        for name, module in modules.items():
+            if module.caches_steps:
+                module.forget_elsewhere = partial(self._forget, name)
         if self._degrees.sequence == 1:
             return
         for name, module in modules.items():
@@ -132,6 +139,10 @@ class Group:
         # Some pipelines pass their generator, which cannot be sent; of the decoders that are split none draws noise.
         kwargs.pop("generator", None)
         return self._run("vae", "decode", real, z, *args, **kwargs)
+
+    def _forget(self, name: str, owner: str) -> None:
+        for follower in self._followers:
+            follower.link.send(Forget(name, owner))
 
     def share_weights(self, name: str, denoiser: torch.nn.Module, parameters: Sequence[str]) -> None:
         """Give the other ranks the values that these parameters have here, bit for bit.
@@ -157,7 +168,8 @@ class Group:
         assert self._lengths is not None
         device_type = self._device.type
         dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
-        order = self._order(0, module, method, {"args": args, "kwargs": kwargs}, dtype)
+        context = context_name(self._denoisers[module]) if module in self._denoisers else None
+        order = self._order(0, module, method, {"args": args, "kwargs": kwargs}, dtype, context)
         try:
             self._lengths.begin(shape_of(order))
             result = real(*args, **kwargs)
@@ -170,10 +182,11 @@ class Group:
             self._pending.discard(order.number)
         return result
 
-    def run_both(self, first: Callable[[], Any], second: Call) -> tuple[Any, Any]:
+    def run_both(self, first: Callable[[], Any], second: Call, owner: str) -> tuple[Any, Any]:
         """Run `first` here while the second CFG group runs `second`, and return both results.
 
-        `second` is the forward of a denoiser whose weights are as the call needs them. Its result is None where it
+        `second` is the forward of a denoiser whose weights are as the call needs them; `owner` is the job whose step
+        cache it uses. Its result is None where it
         failed; so it can be run here, and say why. Raises what `first` raises; DeviceLost where the second group's
         ranks differ.
         """
@@ -182,7 +195,8 @@ class Group:
         arguments = {"args": second.args, "kwargs": second.kwargs}
         try:
             dtype = autocast.dtype if autocast is not None else None
-            order = self._order(1, second.module.name, second.method, arguments, dtype)
+            context = _cache_context(second, owner)
+            order = self._order(1, second.module.name, second.method, arguments, dtype, context)
         except TypeError:
             return first(), None
         try:
@@ -197,7 +211,13 @@ class Group:
         return result, type(result)(**theirs) if isinstance(result, dict) and theirs is not None else theirs
 
     def _order(
-        self, cfg_index: int, module: str, method: str, arguments: Mapping[str, Any], autocast: torch.dtype | None
+        self,
+        cfg_index: int,
+        module: str,
+        method: str,
+        arguments: Mapping[str, Any],
+        autocast: torch.dtype | None,
+        cache_context: str | None,
     ) -> RunCall:
         """Send a call to a CFG group's ranks. Raises TypeError, before any has heard of it, for what cannot be sent."""
         assert self._mesh is not None
@@ -210,6 +230,7 @@ class Group:
             method=method,
             arguments=described,
             autocast=str(autocast).removeprefix("torch.") if autocast is not None else None,
+            cache_context=cache_context,
             answers=cfg_index > 0,
         )
         self._pending.add(order.number)
@@ -284,3 +305,9 @@ class Group:
             agreed = outcome.number not in self._pending or all(self._failed(one, outcome.number) for one in members)
         if not agreed:
             self._on_lost(f"a call failed on one rank alone: {outcome.error}")
+
+
+def _cache_context(call: Call, owner: str) -> str | None:
+    if call.cache_context is None or not call.module.caches_steps:
+        return None
+    return f"{owner}/{call.cache_context[0]}"

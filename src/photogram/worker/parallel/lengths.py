@@ -36,6 +36,11 @@ class Lengths:
         """Close a call that ran to its end: its answers hold for every call of its shape."""
         self._books[self._shape] = self._book
 
+    def fork(self, branch: Hashable) -> None:
+        """Go on in another book: from here the call's way depends on `branch`, which is the same on every rank."""
+        self.end()
+        self.begin((self._shape, branch))
+
     def of(self, own: int) -> tuple[int, ...]:
         """Return the lengths of all ranks' shares, by rank, where this rank's is `own`."""
         if not self._is_complete:

@@ -33,6 +33,7 @@ class RunCall(msgspec.Struct, frozen=True, tag="run"):
     method: str
     arguments: Outline
     autocast: str | None  # the precision of the leader's autocast, where it has one
+    cache_context: str | None = None  # under which a step cache keeps this call's state
     answers: bool = False  # whether the first rank of the group sends the result to the leader
 
 
@@ -43,12 +44,19 @@ class SetWeights(msgspec.Struct, frozen=True, tag="weights"):
     parameters: tuple[str, ...]
 
 
+class Forget(msgspec.Struct, frozen=True, tag="forget"):
+    """Drop what a denoiser's step cache keeps for a job."""
+
+    module: str
+    owner: str
+
+
 def shape_of(order: RunCall) -> bytes:
     """Return what determines the shape of everything inside a call: all of its arguments but the tensors' content."""
     return f"{order.module}.{order.method} ".encode() + msgspec.msgpack.encode(order.arguments)
 
 
-Order = Join | RunCall | SetWeights
+Order = Join | RunCall | SetWeights | Forget
 
 # --- from a follower
 
