@@ -63,6 +63,7 @@ class Tuning(msgspec.Struct, frozen=True, kw_only=True):
     attention_backend: AttentionBackend = "auto"
     compile: bool = False
     channels_last: bool = True
+    fused_kernels: bool = False
     cuda_graphs: bool = False
     cuda_graph_memory_bytes: int = 4_000_000_000
 
@@ -141,6 +142,9 @@ class ServeConfig:
     compile: bool = setting(False, "compile the denoiser's blocks: a slower first start, faster steps")
     cuda_graphs: bool = setting(False, "replay calls that are bound by launches as CUDA graphs")
     cuda_graph_memory_gb: float = setting(4.0, "memory for CUDA graphs, GB, at most")
+    fused_kernels: bool = setting(
+        False, "compute what lies between the denoiser's matrix products in kernels of our own"
+    )
     channels_last: bool = setting(True, "on a GPU, keep the weights of VAEs and UNets in the order convolutions want")
     # --- several devices
     num_gpus: int = setting(1, "devices of all groups; those of one group share a model; on a CPU: processes")
@@ -238,7 +242,7 @@ class ServeConfig:
             raise ConfigError(f"--dit-cpu-offload, --dit-layerwise-offload: not with --num-gpus {self.num_gpus}.")
         if not self.cuda_graph_memory_gb > 0:
             raise ConfigError(f"--cuda-graph-memory-gb {self.cuda_graph_memory_gb}: must be above 0.")
-        for name in ("compile", "cuda_graphs"):
+        for name in ("compile", "cuda_graphs", "fused_kernels"):
             if getattr(self, name):
                 self._check_blocks_stand(f"--{name.replace('_', '-')}")
         if self.tp_size != 1:
@@ -257,10 +261,10 @@ class ServeConfig:
         self._check_loras()
 
     def _check_blocks_stand(self, flag: str) -> None:
-        """What is compiled or recorded may neither change from step to step nor lie elsewhere at each call."""
+        """What is compiled, recorded or replaced may neither be split nor change from step to step."""
         if self.degrees.world_size > 1:
             raise ConfigError(f"{flag}: not with --num-gpus {self.num_gpus}.")
-        if self.dit_layerwise_offload:
+        if self.dit_layerwise_offload and flag != "--fused-kernels":
             raise ConfigError(f"{flag}: not with --dit-layerwise-offload.")
         if self.step_cache != "none":
             raise ConfigError(f"{flag}: not with --step-cache {self.step_cache}.")
@@ -329,6 +333,7 @@ class ServeConfig:
                 attention_backend=self.attention_backend,
                 compile=self.compile,
                 channels_last=self.channels_last,
+                fused_kernels=self.fused_kernels,
                 cuda_graphs=self.cuda_graphs,
                 cuda_graph_memory_bytes=int(self.cuda_graph_memory_gb * 1e9),
             ),

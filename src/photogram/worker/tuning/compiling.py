@@ -42,7 +42,7 @@ def repeated_parts(network: torch.nn.Module) -> list[torch.nn.Module]:
     named = tuple(getattr(type(network), "_repeated_blocks", None) or ())
     if named:
         kinds = {*named, *_MORE_REPEATED.get(type(network).__name__, ())}
-        return [part for part in network.modules() if type(part).__name__ in kinds]
+        return [part for part in network.modules() if kinds & {kind.__name__ for kind in type(part).__mro__}]
     entries = [
         entry for child in network.children() if isinstance(child, torch.nn.ModuleList) for entry in child.children()
     ]

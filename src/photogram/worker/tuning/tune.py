@@ -11,7 +11,9 @@ import torch
 from ...core.config import Tuning
 from .attention import Attention, choose_attention
 from .compiling import compile_repeated
+from .fusing import fuse
 from .graphs import CudaRecorder, Graphs
+from .kernels.ops import can_fuse
 from .memory_format import use_channels_last
 
 logger = logging.getLogger(__name__)
@@ -42,6 +44,12 @@ def tune(
         for name, network in networks.items():
             if name.startswith(("vae", "unet")) and (count := use_channels_last(network)):
                 done.append(f"{name}: {count} convolutions channels last")
+    if wanted.fused_kernels and can_fuse(device):
+        for name in sorted(name for name in networks if name in denoisers or name.startswith("vae")):
+            if count := fuse(networks[name]):
+                done.append(f"{name}: {count} parts over fused kernels")
+    elif wanted.fused_kernels:
+        logger.info("--fused-kernels has no effect here: it needs a GPU and Triton")
     if wanted.compile:
         for name in sorted(denoisers):
             parts = compile_repeated(networks[name])

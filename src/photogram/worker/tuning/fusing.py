@@ -1,0 +1,66 @@
+"""Puts fused blocks in the place of a network's own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from diffusers.models.activations import GELU
+from diffusers.models.autoencoders import autoencoder_kl_wan
+from diffusers.models.transformers import (
+    transformer_flux,
+    transformer_flux2,
+    transformer_qwenimage,
+    transformer_wan,
+    transformer_z_image,
+)
+
+from .blocks.flux import FusedFluxBlock, FusedFluxProcessor, FusedFluxSingleBlock
+from .blocks.flux2 import (
+    FusedFlux2Block,
+    FusedFlux2ParallelProcessor,
+    FusedFlux2Processor,
+    FusedFlux2SingleBlock,
+)
+from .blocks.parts import FusedGelu
+from .blocks.qwen import FusedQwenBlock, FusedQwenProcessor
+from .blocks.wan import FusedWanBlock, FusedWanProcessor
+from .blocks.wan_vae import FusedWanResidualBlock, PaddingInConvolution
+from .blocks.z_image import FusedZImageProcessor
+
+_BLOCKS: Mapping[type, type] = {
+    GELU: FusedGelu,
+    autoencoder_kl_wan.WanCausalConv3d: PaddingInConvolution,
+    autoencoder_kl_wan.WanResidualBlock: FusedWanResidualBlock,
+    transformer_flux.FluxSingleTransformerBlock: FusedFluxSingleBlock,
+    transformer_flux.FluxTransformerBlock: FusedFluxBlock,
+    transformer_flux2.Flux2SingleTransformerBlock: FusedFlux2SingleBlock,
+    transformer_flux2.Flux2TransformerBlock: FusedFlux2Block,
+    transformer_qwenimage.QwenImageTransformerBlock: FusedQwenBlock,
+    transformer_wan.WanTransformerBlock: FusedWanBlock,
+}
+_PROCESSORS: Mapping[type, type] = {
+    transformer_flux.FluxAttnProcessor: FusedFluxProcessor,
+    transformer_flux2.Flux2AttnProcessor: FusedFlux2Processor,
+    transformer_flux2.Flux2ParallelSelfAttnProcessor: FusedFlux2ParallelProcessor,
+    transformer_qwenimage.QwenDoubleStreamAttnProcessor2_0: FusedQwenProcessor,
+    transformer_wan.WanAttnProcessor: FusedWanProcessor,
+    transformer_z_image.ZSingleStreamAttnProcessor: FusedZImageProcessor,
+}
+
+
+def fuse(network: torch.nn.Module) -> int:
+    """Let blocks and attention of known classes be their fused forms, in place; return how many were changed.
+
+    Only those of exactly these classes: a subclass may compute something else.
+    """
+    changed = 0
+    for part in network.modules():
+        if (fused := _BLOCKS.get(type(part))) is not None:
+            part.__class__ = fused
+            changed += 1
+        processor = part.__dict__.get("processor")
+        if processor is not None and (fused := _PROCESSORS.get(type(processor))) is not None:
+            processor.__class__ = fused
+            changed += 1
+    return changed

@@ -1,0 +1,72 @@
+"""The chains as blocks call them: Triton's on a GPU, plain torch elsewhere. `reference.py` says what each computes."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+
+from . import reference
+from .reference import Modulation, Norm
+
+
+def can_fuse(device: torch.device) -> bool:
+    """Say whether Triton's kernels run on the device."""
+    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
+
+
+def norm_modulate(x_BSD: torch.Tensor, norm: Norm, modulation: Modulation | None = None) -> torch.Tensor:
+    if x_BSD.is_cuda:
+        from . import norm as triton_norm
+
+        return triton_norm.norm_modulate(x_BSD, norm, modulation)
+    return reference.norm_modulate(x_BSD, norm, modulation)
+
+
+def add_gated(x_BSD: torch.Tensor, branch_BSD: torch.Tensor, gate_BD: torch.Tensor | None = None) -> torch.Tensor:
+    if x_BSD.is_cuda:
+        from . import norm as triton_norm
+
+        return triton_norm.add_gated(x_BSD, branch_BSD, gate_BD)
+    return reference.add_gated(x_BSD, branch_BSD, gate_BD)
+
+
+def add_gated_norm_modulate(
+    x_BSD: torch.Tensor,
+    branch_BSD: torch.Tensor,
+    gate_BD: torch.Tensor | None,
+    norm: Norm,
+    modulation: Modulation | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if x_BSD.is_cuda:
+        from . import norm as triton_norm
+
+        return triton_norm.add_gated_norm_modulate(x_BSD, branch_BSD, gate_BD, norm, modulation)
+    return reference.add_gated_norm_modulate(x_BSD, branch_BSD, gate_BD, norm, modulation)
+
+
+def norm_rotate(
+    x_BSHW: torch.Tensor,
+    weight: torch.Tensor | None,
+    eps: float,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    out_BSHW: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return `out_BSHW`, or a tensor of its own, with what is computed of `x_BSHW` in it."""
+    out = torch.empty(x_BSHW.shape, dtype=x_BSHW.dtype, device=x_BSHW.device) if out_BSHW is None else out_BSHW
+    if x_BSHW.is_cuda:
+        from . import rope as triton_rope
+
+        triton_rope.norm_rotate(x_BSHW, weight, eps, cos, sin, out)
+    else:
+        reference.norm_rotate(x_BSHW, weight, eps, cos, sin, out)
+    return out
+
+
+def rms_silu(x_BCTHW: torch.Tensor, gamma_C: torch.Tensor, scale: float) -> torch.Tensor:
+    if x_BCTHW.is_cuda and x_BCTHW.is_contiguous(memory_format=torch.channels_last_3d):
+        from . import activation
+
+        return activation.rms_silu(x_BCTHW, gamma_C, scale)
+    return reference.rms_silu(x_BCTHW, gamma_C, scale)

@@ -1,0 +1,100 @@
+"""What each chain computes, in plain torch.
+
+Shapes: B batch, S tokens, D width, H heads, W width of a head. Vectors of modulation are (B or 1, D), of any strides.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """A normalization over the last axis: of layers, or of roots of mean squares; then weight and bias (D,)."""
+
+    eps: float
+    is_rms: bool = False
+    weight: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Modulation:
+    """What follows a normalization: times one and `scale`, plus `shift`."""
+
+    scale: torch.Tensor
+    shift: torch.Tensor
+
+
+def norm_modulate(x_BSD: torch.Tensor, norm: Norm, modulation: Modulation | None) -> torch.Tensor:
+    """Return the normalized and modulated tokens (B, S, D)."""
+    return _normalized(x_BSD.float(), norm, modulation).to(x_BSD.dtype)
+
+
+def add_gated(x_BSD: torch.Tensor, branch_BSD: torch.Tensor, gate_BD: torch.Tensor | None) -> torch.Tensor:
+    """Return `x + gate * branch`; without a gate, `x + branch`."""
+    return _sum(x_BSD, branch_BSD, gate_BD).to(x_BSD.dtype)
+
+
+def add_gated_norm_modulate(
+    x_BSD: torch.Tensor,
+    branch_BSD: torch.Tensor,
+    gate_BD: torch.Tensor | None,
+    norm: Norm,
+    modulation: Modulation | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the sum of `add_gated`, and it normalized and modulated."""
+    total = _sum(x_BSD, branch_BSD, gate_BD).to(x_BSD.dtype)
+    return total, norm_modulate(total, norm, modulation)
+
+
+def norm_rotate(
+    x_BSHW: torch.Tensor,
+    weight: torch.Tensor | None,
+    eps: float,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    out_BSHW: torch.Tensor,
+) -> None:
+    """Normalize queries or keys by roots of mean squares, turn each pair of neighbours by its angle, and write them.
+
+    A `weight` of (W,) normalizes each head by itself, one of (H * W,) all heads together; None: not at all.
+    `cos` and `sin` are (S, W / 2) or (B, S, W / 2). `out_BSHW` may be a part of a larger tensor.
+    """
+    x = x_BSHW.float()
+    if weight is not None:
+        across = weight.numel() != x.shape[-1]
+        mean = x.square().mean((-2, -1) if across else -1, keepdim=True)
+        x = x * torch.rsqrt(mean + eps) * weight.float().view(x.shape[-2:] if across else x.shape[-1:])
+    cos, sin = (table[..., None, :].float() for table in (cos, sin))
+    even, odd = x[..., 0::2], x[..., 1::2]
+    turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+    out_BSHW.copy_(turned.flatten(-2))
+
+
+def rms_silu(x_BCTHW: torch.Tensor, gamma_C: torch.Tensor, scale: float) -> torch.Tensor:
+    """Return SiLU of each place's channels, divided by their length, times `scale` and gamma."""
+    shape = (1, -1, *(1,) * (x_BCTHW.dim() - 2))
+    return F.silu(F.normalize(x_BCTHW.float(), dim=1) * scale * gamma_C.float().view(shape)).to(x_BCTHW.dtype)
+
+
+def _sum(x_BSD: torch.Tensor, branch_BSD: torch.Tensor, gate_BD: torch.Tensor | None) -> torch.Tensor:
+    branch = branch_BSD.float()
+    return x_BSD.float() + (branch if gate_BD is None else branch * gate_BD.float()[:, None])
+
+
+def _normalized(x: torch.Tensor, norm: Norm, modulation: Modulation | None) -> torch.Tensor:
+    if norm.is_rms:
+        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.eps)
+    else:
+        x = F.layer_norm(x, x.shape[-1:], eps=norm.eps)
+    if norm.weight is not None:
+        x = x * norm.weight.float()
+    if norm.bias is not None:
+        x = x + norm.bias.float()
+    if modulation is not None:
+        x = x * (1 + modulation.scale.float()[:, None]) + modulation.shift.float()[:, None]
+    return x

@@ -1,0 +1,118 @@
+"""Triton's kernels on a GPU: against their references, and in the blocks of real classes against diffusers' own."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKLWan, DiffusionPipeline
+from hypothesis import given, settings
+
+from families import FAMILIES
+from kernel_cases import (
+    ActivationCase,
+    NormCase,
+    RotationCase,
+    activation_case,
+    norm_case,
+    rotation_case,
+)
+from photogram.worker.tuning.blocks.parts import linear_gelu
+from photogram.worker.tuning.fusing import fuse
+from photogram.worker.tuning.memory_format import use_channels_last
+from worker.drawing import Studio, draw_alone, relative_error
+from worker.test_families_served import STACKED_TOLERANCE, requests_of
+from worker.test_fusing import FUSED
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
+
+GPU = torch.device("cuda:0")
+WIDTHS = (1536, 3072, 3840, 5120)  # of the families that are served
+
+
+@settings(max_examples=60)
+@given(case=norm_case())
+def test_norm_chains_are_what_their_reference_says(case: NormCase):
+    case.check(GPU)
+
+
+@settings(max_examples=60)
+@given(case=rotation_case())
+def test_rotation_is_what_its_reference_says(case: RotationCase):
+    case.check(GPU)
+
+
+@settings(max_examples=30)
+@given(case=activation_case())
+def test_normalization_with_silu_is_what_its_reference_says(case: ActivationCase):
+    case.check(GPU)
+
+
+@pytest.mark.parametrize(("width", "is_rms"), itertools.product(WIDTHS, (False, True)))
+def test_norm_chains_at_the_widths_of_real_models(width, is_rms):
+    NormCase(seed=1, samples=2, tokens=300, width=width, dtype=torch.bfloat16, is_rms=is_rms).check(GPU)
+
+
+@pytest.mark.parametrize(("heads", "across"), [(12, True), (24, False), (30, False), (40, True)])
+def test_rotation_at_the_heads_of_real_models(heads, across):
+    RotationCase(
+        seed=1, samples=2, tokens=300, heads=heads, width=128, dtype=torch.bfloat16, across_heads=across
+    ).check(GPU)
+
+
+def test_an_activation_within_the_product_is_the_tanh_form_of_gelu():
+    layer = torch.nn.Linear(256, 512, device=GPU, dtype=torch.bfloat16)
+    x = torch.randn(2, 100, 256, device=GPU, dtype=torch.bfloat16)
+    with torch.inference_mode():
+        exact = F.gelu(F.linear(x.double(), layer.weight.double(), layer.bias.double()), approximate="tanh")
+        steps = F.gelu(layer(x), approximate="tanh")
+        fused = linear_gelu(layer, x)
+    assert fused.shape == steps.shape
+    assert (fused.double() - exact).abs().mean() <= (steps.double() - exact).abs().mean()
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+@pytest.mark.parametrize("name", FUSED)
+def test_jobs_of_fused_blocks_are_drawn_right_alone_and_stacked(name, graphs, family_folder, tmp_path):
+    requests = requests_of(name)
+    plain = DiffusionPipeline.from_pretrained(family_folder(name), dtype=torch.float32).to(GPU)
+    studio = Studio(family_folder(name), tmp_path, precision="fp32", fused_kernels=True, cuda_graphs=graphs)
+    assert any("fused kernels" in line for line in studio.card.tuning)
+    for _ in range(2):
+        drawn = studio.draw(requests)
+    for request in requests:
+        assert drawn[request.job_id].failure is None
+        reference = draw_alone(plain, request)
+        assert relative_error(drawn[request.job_id].latents, reference.latents) < 10 * STACKED_TOLERANCE
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_fused_blocks_in_bf16_are_no_further_from_fp32_than_diffusers_own(name, family_folder, tmp_path):
+    request = requests_of(name)[0]
+    latents = {}
+    for precision, fused in (("fp32", False), ("bf16", False), ("bf16", True)):
+        studio = Studio(family_folder(name), tmp_path, precision=precision, fused_kernels=fused, max_batch_size=1)
+        latents[precision, fused] = studio.draw([request])[request.job_id].latents.float()
+    exact = latents["fp32", False]
+    own, plain = ((latents["bf16", fused] - exact).square().mean().sqrt() for fused in (True, False))
+    # Two samples of rounding: of small tensors, one may come out some per cent better than the other.
+    assert own <= 1.25 * plain
+    assert FAMILIES[name].denoisers
+
+
+@torch.inference_mode()
+def test_wans_vae_decodes_the_same_in_fp32_and_no_worse_in_bf16(family_folder):
+    plain = AutoencoderKLWan.from_pretrained(family_folder("wan-2.1") / "vae").eval().to(GPU)
+    latents = torch.randn(1, 16, 4, 16, 24, device=GPU)
+    exact = plain.double().decode(latents.double()).sample
+    fused = copy.deepcopy(plain)
+    use_channels_last(fused)
+    fuse(fused)
+    errors = {
+        (one, dtype): float((one.to(dtype).decode(latents.to(dtype)).sample.double() - exact).square().mean().sqrt())
+        for one in (plain, fused)
+        for dtype in (torch.float32, torch.bfloat16)
+    }
+    assert errors[fused, torch.float32] < 1e-3
+    assert errors[fused, torch.bfloat16] <= 1.05 * errors[plain, torch.bfloat16]

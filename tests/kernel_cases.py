@@ -1,0 +1,168 @@
+"""Random cases for the chains in `worker/tuning/kernels`, the same for the interpreter and for a GPU."""
+
+from dataclasses import dataclass
+
+import torch
+from hypothesis import strategies as st
+
+from photogram.worker.tuning.kernels import reference
+from photogram.worker.tuning.kernels.reference import Modulation, Norm
+
+# One rounding of the result (the interpreter cuts bf16 off), of values that may be some units large.
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
+DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
+
+
+def _close(result: torch.Tensor, expected: torch.Tensor) -> None:
+    assert result.dtype == expected.dtype
+    tolerance = TOLERANCE[expected.dtype]
+    torch.testing.assert_close(result.float(), expected.float(), atol=tolerance, rtol=tolerance)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NormCase:
+    seed: int
+    samples: int
+    tokens: int
+    width: int
+    dtype: torch.dtype
+    is_rms: bool = False
+    affine: bool = False
+    gated: bool = True
+    modulated: bool = True
+    shared_vectors: bool = False
+    strided_rows: bool = False
+
+    def _made(self, device: torch.device, dtype: torch.dtype):
+        generator = torch.Generator("cpu").manual_seed(self.seed)
+
+        def normal(*shape: int) -> torch.Tensor:
+            return torch.randn(shape, generator=generator).to(device, self.dtype).to(dtype)
+
+        rows = self.tokens + 3 if self.strided_rows else self.tokens
+        x, branch = (normal(self.samples, rows, self.width)[:, : self.tokens] for _ in range(2))
+        # As models have them: pieces of one product.
+        vectors = normal(1 if self.shared_vectors else self.samples, 3 * self.width).chunk(3, dim=-1)
+        weight, bias = (normal(self.width) for _ in range(2)) if self.affine else (None, None)
+        norm = Norm(eps=1e-6, is_rms=self.is_rms, weight=weight, bias=bias)
+        gate = vectors[0] if self.gated else None
+        modulation = Modulation(scale=vectors[1], shift=vectors[2]) if self.modulated else None
+        return x, branch, gate, norm, modulation
+
+    def check(self, device: torch.device) -> None:
+        from photogram.worker.tuning.kernels import norm as kernels
+
+        x, branch, gate, norm, modulation = self._made(device, self.dtype)
+        _close(kernels.norm_modulate(x, norm, modulation), reference.norm_modulate(x, norm, modulation))
+        _close(kernels.add_gated(x, branch, gate), reference.add_gated(x, branch, gate))
+        total, out = kernels.add_gated_norm_modulate(x, branch, gate, norm, modulation)
+        expected_total, _ = reference.add_gated_norm_modulate(x, branch, gate, norm, modulation)
+        _close(total, expected_total)
+        # From the kernel's own sum, as an ulp of a sum near zero is much after the normalization.
+        _close(out, reference.norm_modulate(total, norm, modulation))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RotationCase:
+    seed: int
+    samples: int
+    tokens: int
+    heads: int
+    width: int
+    dtype: torch.dtype
+    normed: bool = True
+    across_heads: bool = False
+    per_sample: bool = False
+    into_part: bool = False
+
+    def _made(self, device: torch.device):
+        generator = torch.Generator("cpu").manual_seed(self.seed)
+
+        def normal(*shape: int) -> torch.Tensor:
+            return torch.randn(shape, generator=generator).to(device, self.dtype)
+
+        # Queries as a third of one product, as fused projections give them.
+        x = normal(self.samples, self.tokens, 3, self.heads, self.width)[:, :, 1]
+        weight = None
+        if self.normed:
+            weight = normal(self.heads * self.width if self.across_heads else self.width)
+        angles = torch.randn((self.samples, self.tokens, self.width // 2), generator=generator).to(device)
+        turns = torch.view_as_real(torch.polar(torch.ones_like(angles), angles))
+        cos, sin = (turns[..., part] if self.per_sample else turns[0, ..., part] for part in (0, 1))
+        before = 2 if self.into_part else 0
+        out = torch.zeros(self.samples, before + self.tokens, self.heads, self.width, dtype=self.dtype, device=device)
+        return x, weight, cos, sin, out, before
+
+    def check(self, device: torch.device) -> None:
+        from photogram.worker.tuning.kernels import rope as kernels
+
+        x, weight, cos, sin, out, before = self._made(device)
+        expected = torch.zeros_like(out)
+        reference.norm_rotate(x, weight, 1e-6, cos, sin, expected[:, before:])
+        kernels.norm_rotate(x, weight, 1e-6, cos, sin, out[:, before:])
+        _close(out, expected)
+
+
+@st.composite
+def norm_case(draw: st.DrawFn) -> NormCase:
+    flag = st.booleans()
+    return NormCase(
+        seed=draw(st.integers(0, 2**20)),
+        samples=draw(st.integers(1, 3)),
+        tokens=draw(st.integers(1, 9)),
+        width=draw(st.sampled_from([1, 8, 31, 64, 96, 160])),
+        dtype=draw(DTYPES),
+        is_rms=draw(flag),
+        affine=draw(flag),
+        gated=draw(flag),
+        modulated=draw(flag),
+        shared_vectors=draw(flag),
+        strided_rows=draw(flag),
+    )
+
+
+@st.composite
+def rotation_case(draw: st.DrawFn) -> RotationCase:
+    flag = st.booleans()
+    return RotationCase(
+        seed=draw(st.integers(0, 2**20)),
+        samples=draw(st.integers(1, 3)),
+        tokens=draw(st.integers(1, 9)),
+        heads=draw(st.integers(1, 5)),
+        width=draw(st.sampled_from([2, 12, 16, 64])),
+        dtype=draw(DTYPES),
+        normed=draw(flag),
+        across_heads=draw(flag),
+        per_sample=draw(flag),
+        into_part=draw(flag),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActivationCase:
+    seed: int
+    channels: int
+    shape: tuple[int, int, int]
+    dtype: torch.dtype
+
+    def check(self, device: torch.device) -> None:
+        from photogram.worker.tuning.kernels import activation as kernels
+
+        generator = torch.Generator("cpu").manual_seed(self.seed)
+        x = torch.randn((2, self.channels, *self.shape), generator=generator).to(device, self.dtype)
+        x = x.contiguous(memory_format=torch.channels_last_3d)
+        gamma = torch.randn(self.channels, generator=generator).to(device, self.dtype)
+        scale = self.channels**0.5
+        result = kernels.rms_silu(x, gamma, scale)
+        assert result.stride() == x.stride()
+        _close(result, reference.rms_silu(x, gamma, scale))
+
+
+@st.composite
+def activation_case(draw: st.DrawFn) -> ActivationCase:
+    return ActivationCase(
+        seed=draw(st.integers(0, 2**20)),
+        channels=draw(st.sampled_from([3, 16, 96, 130])),
+        shape=draw(st.tuples(st.integers(2, 3), st.integers(2, 6), st.integers(2, 9))),
+        dtype=draw(DTYPES),
+    )

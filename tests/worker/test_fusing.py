@@ -1,0 +1,125 @@
+"""Fused blocks in the place of a model's own: the same pictures, by plain torch here and by Triton in `tests/gpu`."""
+
+import copy
+
+import pytest
+import torch
+from diffusers import AutoencoderKLWan, DiffusionPipeline
+
+from families import FAMILIES
+from photogram.worker.tuning.compiling import repeated_parts
+from photogram.worker.tuning.fusing import fuse
+from photogram.worker.tuning.kernels import reference
+from photogram.worker.tuning.kernels.ops import can_fuse
+from photogram.worker.tuning.memory_format import use_channels_last
+
+from .drawing import Studio, draw_alone, relative_error
+from .test_families_served import STACKED_TOLERANCE, requests_of
+
+FUSED = {
+    "wan-2.1": ("FusedWanBlock", "FusedWanProcessor", "FusedGelu"),
+    "wan-2.2": ("FusedWanBlock", "FusedWanProcessor", "FusedGelu"),
+    "wan-2.2-ti2v": ("FusedWanBlock", "FusedWanProcessor", "FusedGelu"),
+    "flux-1": ("FusedFluxBlock", "FusedFluxSingleBlock", "FusedFluxProcessor", "FusedGelu"),
+    "flux-2-klein": (
+        "FusedFlux2Block",
+        "FusedFlux2SingleBlock",
+        "FusedFlux2Processor",
+        "FusedFlux2ParallelProcessor",
+    ),
+    "qwen-image": ("FusedQwenBlock", "FusedQwenProcessor", "FusedGelu"),
+    "z-image": ("FusedZImageProcessor",),
+}
+
+
+def kinds_in(network: torch.nn.Module) -> set[str]:
+    parts = [type(part).__name__ for part in network.modules()]
+    return {*parts, *(type(vars(part).get("processor")).__name__ for part in network.modules())}
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_jobs_of_fused_blocks_are_drawn_right_alone_and_stacked(name, family_folder, tmp_path):
+    requests = requests_of(name)
+    plain = DiffusionPipeline.from_pretrained(family_folder(name))
+    studio = Studio(family_folder(name), tmp_path)
+    for denoiser in FAMILIES[name].denoisers:
+        network = studio.served.modules[denoiser].module
+        assert fuse(network) > 0
+        assert set(FUSED[name]) <= kinds_in(network)
+        assert repeated_parts(network)
+    drawn = studio.draw(requests)
+    assert max(len(jobs) for jobs in studio.passes(*FAMILIES[name].denoisers)) == 3
+    for request in requests:
+        assert drawn[request.job_id].failure is None
+        reference_latents = draw_alone(plain, request).latents
+        assert relative_error(drawn[request.job_id].latents, reference_latents) < 10 * STACKED_TOLERANCE
+
+
+@torch.inference_mode()
+def test_wans_vae_encodes_and_decodes_the_same_chunk_by_chunk(family_folder):
+    plain = AutoencoderKLWan.from_pretrained(family_folder("wan-2.1") / "vae").eval()
+    fused = copy.deepcopy(plain)
+    assert fuse(fused) > 0
+    assert {"PaddingInConvolution", "FusedWanResidualBlock"} <= kinds_in(fused)
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(1, 16, 4, 6, 8, generator=generator)
+    frames = torch.rand(1, 3, 9, 32, 48, generator=generator) * 2 - 1
+    for ordered in (False, True):
+        if ordered:
+            use_channels_last(fused)
+        torch.testing.assert_close(fused.decode(latents).sample, plain.decode(latents).sample, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            fused.encode(frames).latent_dist.mean, plain.encode(frames).latent_dist.mean, atol=1e-4, rtol=1e-4
+        )
+
+
+@pytest.mark.parametrize("name", ["stable-diffusion-xl", "sana"])
+def test_networks_of_other_classes_are_left_as_they_are(name, family_folder):
+    pipeline = DiffusionPipeline.from_pretrained(family_folder(name))
+    network = pipeline.components.get("unet") or pipeline.components["transformer"]
+    before = copy.copy(kinds_in(network))
+    fuse(network)
+    assert {kind for kind in kinds_in(network) if kind.startswith("Fused")} <= {"FusedGelu"}
+    assert before - {"GELU"} <= kinds_in(network)
+
+
+def test_fused_kernels_are_only_for_gpus():
+    assert not can_fuse(torch.device("cpu"))
+
+
+def error(result: torch.Tensor, exact: torch.Tensor) -> float:
+    return float((result.double() - exact).square().mean().sqrt())
+
+
+def test_a_chain_rounded_once_is_nearer_to_the_exact_result_than_its_steps():
+    torch.manual_seed(0)
+    x, branch = torch.randn(2, 2, 64, 256).bfloat16()
+    gate, scale, shift = torch.randn(3, 2, 256).bfloat16()
+    norm = reference.Norm(eps=1e-6)
+    modulation = reference.Modulation(scale, shift)
+    exact_total = x.double() + gate.double()[:, None] * branch.double()
+    exact = torch.nn.functional.layer_norm(exact_total, (256,), eps=1e-6)
+    exact = exact * (1 + scale.double()[:, None]) + shift.double()[:, None]
+    total = x + gate[:, None] * branch
+    steps = torch.nn.functional.layer_norm(total, (256,), eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
+    fused_total, fused = reference.add_gated_norm_modulate(x, branch, gate, norm, modulation)
+    assert error(fused_total, exact_total) <= error(total, exact_total)
+    assert error(fused, exact) < error(steps, exact)
+
+
+def test_a_rotation_rounded_once_is_nearer_to_the_exact_result_than_its_steps():
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, 64, 4, 32).bfloat16(), torch.randn(32).bfloat16()
+    angles = torch.randn(64, 16)
+    cos, sin = angles.cos(), angles.sin()
+
+    def turn(normed: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        even, odd = normed[..., 0::2], normed[..., 1::2]
+        cos, sin = cos[:, None], sin[:, None]
+        return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2)
+
+    exact = turn(torch.nn.functional.rms_norm(x.double(), (32,), weight.double(), 1e-6), cos.double(), sin.double())
+    steps = turn(torch.nn.functional.rms_norm(x, (32,), weight, 1e-6).float(), cos, sin).bfloat16()
+    fused = torch.empty_like(x)
+    reference.norm_rotate(x, weight, 1e-6, cos, sin, fused)
+    assert error(fused, exact) < error(steps, exact)
