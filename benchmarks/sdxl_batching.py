@@ -1,7 +1,8 @@
 """SDXL's real architecture with random weights: eight requests of unequal steps, plain diffusers against the worker.
 
-`python benchmarks/sdxl_batching.py` on a GPU; `--tiny` runs the same code on a CPU, to see that it works.
-Prints medians as JSON. Exact: each job's latents are compared with those of the plain pipeline.
+`python benchmarks/sdxl_batching.py` on a GPU; `--tiny` runs the same code on a CPU, to see that it works. With
+`--compile` or `--cuda-graphs` the worker does so too; plain diffusers stays eager. Prints medians as JSON. Exact: each
+job's latents are compared with those of the plain pipeline.
 """
 
 import argparse
@@ -119,6 +120,7 @@ class Prepared(Studio):
     def __init__(self, pipeline, frames_dir: Path, device: torch.device, **settings) -> None:
         from worker.drawing import WatchedWorker
 
+        self.settings = settings
         config = ServeConfig(model_path="sdxl", **settings).worker(frames_dir)
         checkpoint = Checkpoint(
             name="sdxl", folder=frames_dir, revision=None, pipeline_class="StableDiffusionXLPipeline", overrides={}
@@ -131,7 +133,7 @@ class Prepared(Studio):
     def with_batches_of(self, size: int, frames_dir: Path) -> None:
         from worker.drawing import WatchedWorker
 
-        config = ServeConfig(model_path="sdxl", max_batch_size=size).worker(frames_dir)
+        config = ServeConfig(model_path="sdxl", max_batch_size=size, **self.settings).worker(frames_dir)
         known = self.worker.stacker
         self.worker = WatchedWorker(self.served, config, self.messages.append, time.monotonic)
         self.worker.stacker = known
@@ -140,6 +142,8 @@ class Prepared(Studio):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--cuda-graphs", action="store_true")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=170, help="start no further run after this long")
     arguments = parser.parse_args()
@@ -165,7 +169,8 @@ def main() -> None:
                 break
             took, references = timed(device, alone)
             seconds["diffusers, one after another"].append(took)
-        studio = Prepared(pipeline, Path(scratch), device)
+        settings = {"compile": arguments.compile, "cuda_graphs": arguments.cuda_graphs}
+        studio = Prepared(pipeline, Path(scratch), device, **settings)
         errors = {}
         for name, batch in (("interleaved", 1), ("batched", 8)):
             for run in range(arguments.runs + 1):
@@ -184,6 +189,7 @@ def main() -> None:
                     "workload": f"8 requests, {jobs[0].width}x{jobs[0].height}, CFG 5, {STEPS[0]} to {STEPS[-1]} steps",
                     "device": "cpu" if arguments.tiny else torch.cuda.get_device_name(),
                     "versions": [torch.__version__, diffusers.__version__, transformers.__version__],
+                    "tuning": studio.card.tuning,
                     "seconds": seconds,
                     "median_s": medians,
                     "throughput": {name: base / value for name, value in medians.items()},
