@@ -55,6 +55,23 @@ def test_progress_never_falls_and_counts_every_step(studio):
     assert {report.num_steps for report in reports} == {9}
 
 
+def test_progress_of_two_denoisers_is_one_count_of_all_steps(family_folder, tmp_path):
+    """Wan 2.2 A14B: the first transformer's steps and the second one's are the same clip's."""
+    studio = Studio(family_folder("wan-2.2"), tmp_path)
+    job = requests_of("wan-2.2")[1]
+    studio.draw([job])
+    assert studio.passes("transformer")
+    assert studio.passes("transformer_2")
+    reports = [message for message in studio.messages if isinstance(message, Progress)]
+    fractions = [report.fraction for report in reports]
+    assert fractions == sorted(fractions)
+    assert fractions[-1] < 1
+    steps = [report.step for report in reports if report.phase == "denoise"]
+    assert steps == sorted(steps)
+    assert set(steps) == set(range(job.num_inference_steps))
+    assert {report.num_steps for report in reports} == {job.num_inference_steps}
+
+
 def test_finish_time_is_estimated_once_a_like_job_has_run(studio):
     studio.draw([request(job_id="first", num_inference_steps=6)])
     studio.draw([request(job_id="second", num_inference_steps=6)])
