@@ -8,9 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from huggingface_hub.utils import filter_repo_objects
 
 from photogram.core.errors import ConfigError
-from photogram.models.checkpoint import find_checkpoint
+from photogram.models.checkpoint import HUB_FILES, HUB_VARIANTS, find_checkpoint
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 OLDER = "89abcdef0123456789abcdef0123456789abcdef"
@@ -53,6 +54,30 @@ def test_hub_id_is_found_in_the_cache_at_its_commit(hub_cache, monkeypatch):
 def test_revision_is_pinned(hub_cache, revision, monkeypatch):
     monkeypatch.setattr("photogram.models.checkpoint.CACHE_DIR", str(hub_cache))
     assert find("tiny-labs/tiny-flux", revision=revision).revision == OLDER
+
+
+def test_of_a_repository_the_pipeline_is_downloaded_once():
+    pipeline = [
+        "model_index.json",
+        "scheduler/scheduler_config.json",
+        "text_encoder/model.safetensors",
+        "tokenizer/merges.txt",
+        "tokenizer_2/spiece.model",
+        "transformer/diffusion_pytorch_model-00001-of-00002.safetensors",
+        "transformer/diffusion_pytorch_model.safetensors.index.json",
+    ]
+    other = [
+        "flux1-dev.safetensors",
+        "README.md",
+        "text_encoder/model.fp16.safetensors",
+        "text_encoder/pytorch_model.bin",
+        "transformer/diffusion_pytorch_model.fp16-00001-of-00002.safetensors",
+        "unet/diffusion_pytorch_model.non_ema.safetensors",
+        "vae_decoder/model.onnx",
+    ]
+    files = pipeline + other
+    assert list(filter_repo_objects(files, allow_patterns=HUB_FILES, ignore_patterns=HUB_VARIANTS)) == pipeline
+    assert other[2] in filter_repo_objects(files, allow_patterns=HUB_FILES)
 
 
 def test_hub_repository_is_served_and_draws(hub_cache, tmp_path, monkeypatch):

@@ -32,7 +32,11 @@ CACHE_DIR: str | None = None
 """Where hub repositories are kept; None is huggingface_hub's own folder (HF_HOME, HF_HUB_CACHE)."""
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-_HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+HUB_FILES = ["*.json", "*/*.safetensors", "*.txt", "*.model", "*.jinja"]
+"""What is downloaded of a hub repository. Safetensors beside the index are left: they hold the whole model once more,
+in one file for other programs."""
+HUB_VARIANTS = [f"*.{variant}{end}" for variant in ("fp16", "bf16", "fp32", "non_ema") for end in (".*", "-*")]
+"""What is not, unless a variant is asked for: the same weights once more in another precision."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +62,7 @@ def find_checkpoint(model_path: str, *, revision: str | None, variant: str | Non
         folder = Path(model_path).expanduser().resolve()
         name = folder.name
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", model_path) and not model_path.startswith("."):
-        folder, revision = _download(model_path, revision, only_look=not download)
+        folder, revision = _download(model_path, revision, variant, only_look=not download)
         name = model_path
     else:
         raise ConfigError(f"--model-path '{model_path}': no such folder, and not a hub id (owner/name).")
@@ -76,14 +80,15 @@ def find_checkpoint(model_path: str, *, revision: str | None, variant: str | Non
     )
 
 
-def _download(repo_id: str, revision: str | None, *, only_look: bool) -> tuple[Path, str | None]:
+def _download(repo_id: str, revision: str | None, variant: str | None, *, only_look: bool) -> tuple[Path, str | None]:
     """Bring a hub repository's safetensors and configurations; return its folder and commit."""
     try:
         folder = Path(
             snapshot_download(
                 repo_id,
                 revision=revision,
-                allow_patterns=_HUB_FILES,
+                allow_patterns=HUB_FILES,
+                ignore_patterns=HUB_VARIANTS if variant is None else None,
                 cache_dir=CACHE_DIR,
                 local_files_only=only_look,
             )
