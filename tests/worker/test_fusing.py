@@ -7,7 +7,7 @@ import torch
 from diffusers import AutoencoderKLWan, DiffusionPipeline
 
 from families import FAMILIES
-from photogram.worker.tuning.compiling import repeated_parts
+from photogram.worker.tuning.compiling import compile_repeated, repeated_parts
 from photogram.worker.tuning.fusing import fuse
 from photogram.worker.tuning.kernels import reference
 from photogram.worker.tuning.kernels.ops import can_fuse
@@ -53,6 +53,19 @@ def test_jobs_of_fused_blocks_are_drawn_right_alone_and_stacked(name, family_fol
         assert drawn[request.job_id].failure is None
         reference_latents = draw_alone(plain, request).latents
         assert relative_error(drawn[request.job_id].latents, reference_latents) < 10 * STACKED_TOLERANCE
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_fused_blocks_are_compiled_without_a_break(name, family_folder, tmp_path):
+    torch._dynamo.reset()
+    studio = Studio(family_folder(name), tmp_path, max_batch_size=1)
+    for denoiser in FAMILIES[name].denoisers:
+        network = studio.served.modules[denoiser].module
+        fuse(network)
+        compile_repeated(network, backend="eager", fullgraph=True)
+    request = requests_of(name)[0]
+    assert studio.draw([request])[request.job_id].failure is None
+    torch._dynamo.reset()
 
 
 @torch.inference_mode()
