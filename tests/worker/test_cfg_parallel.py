@@ -39,7 +39,7 @@ def draw(
     for batch in batches:
         drawn = studio.draw(batch)
         assert [one.failure for one in drawn.values()] == [None] * len(batch)
-        latents = {job_id: one.latents for job_id, one in drawn.items()}
+        latents = {job_id: one.latents.cpu() for job_id, one in drawn.items()}
         results.append(Result(latents, studio.passes(*denoisers)))
     return results
 

@@ -38,7 +38,7 @@ def draw(folder: Path, scratch: Path, settings: dict[str, Any]) -> Result:
     jobs = [msgspec.structs.replace(one, num_inference_steps=6) for one in requests_of("wan-2.1")[:2]]
     drawn = studio.draw(jobs)
     assert [one.failure for one in drawn.values()] == [None, None]
-    latents = {job_id: one.latents for job_id, one in drawn.items()}
+    latents = {job_id: one.latents.cpu() for job_id, one in drawn.items()}
     return Result(latents, computed, len(hook.state_manager._state_cache))
 
 
