@@ -3,10 +3,12 @@ with the whole one, at every way of laying out the ranks, and prints the differe
 
 import inspect
 import json
+import os
 import sys
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from diffusers import DiffusionPipeline
 
 from photogram.core.parallel import Degrees
@@ -75,7 +77,9 @@ def main(kind: str, rank: int, world: int, meeting_file: str, folders: list[str]
                 layout = f"{mesh.degrees.ulysses}x{mesh.degrees.ring}"
                 differences[f"{Path(folder).name} {layout}"] = max(errors)
     if rank == 0:
-        print(json.dumps(differences))
+        print(json.dumps(differences), flush=True)
+    dist.barrier()
+    os._exit(0)  # the interpreter's own end may wait for ever in the destructors of gloo's groups
 
 
 if __name__ == "__main__":

@@ -2,10 +2,12 @@
 decodes with all ranks and alone, and prints the differences."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from diffusers import DiffusionPipeline
 
 from photogram.core.parallel import Degrees
@@ -53,7 +55,9 @@ def main(kind: str, rank: int, world: int, meeting_file: str, folders: list[str]
                     key = f"{Path(folder).name} {name}"
                     differences[key] = max(error, differences.get(key, 0.0))
     if rank == 0:
-        print(json.dumps(differences))
+        print(json.dumps(differences), flush=True)
+    dist.barrier()
+    os._exit(0)  # the interpreter's own end may wait for ever in the destructors of gloo's groups
 
 
 if __name__ == "__main__":
