@@ -228,8 +228,7 @@ def prepare(
     networks = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
     tuned = tune(networks, frozenset(filter(is_denoiser, networks)), config.tuning, device)
     visiting = {name for name in pipeline.components if is_offloaded(name, config.placement) and device.type != "cpu"}
-    # LoRAs change weights where they lie: such as move are left as they are.
-    can_change = tuple(name for name in lora_modules(pipeline) if name not in visiting)
+    can_change = tuple(lora_modules(pipeline))
     card = msgspec.structs.replace(card, lora_modules=can_change, tuning=tuned.lines, room=room)
     modules = big_modules(pipeline)
     for module in modules.values():

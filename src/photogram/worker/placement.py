@@ -56,12 +56,16 @@ def offload_to(
         if module.is_denoiser and placement.dit_layerwise_offload:
             blocks = _blocks(module.module)
             layers = Layerwise(blocks, device, pin=pin)
+            if module.loras is not None:
+                module.loras.weights.home = layers
             module.module.to(device)  # what is outside the blocks; the blocks' own tensors are empty or go back
             logger.info("%s: %d blocks come in one by one, two slots of %.2f GB", name, len(blocks),
                         layers.slot_bytes / 1e9)  # fmt: skip
             continue
         visitor = Visitor(name, module.module, device, pin=pin, stays=module.is_denoiser)
         visitors.add(visitor)
+        if module.loras is not None:
+            module.loras.weights.home = visitor
         for method, real in module.real.items():
             module.real[method] = visitors.calls_of(visitor, real)
         where = "pinned host memory" if visitor.weights.is_pinned else "host memory"

@@ -2,13 +2,14 @@
 
 Knows tensors and copies; what is offloaded is the settings' affair (`placement.py`). A component's weights lie one
 after the other in one piece of host memory, pinned where that can be had, so that bringing them in is one copy at the
-bus's own speed, and taking them out is none: they never change on the device.
+bus's own speed, and taking them out is none but for what was changed on the device meanwhile (by merging a LoRA).
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,6 +66,7 @@ class HostWeights:
             piece.of(self._host).copy_(piece.tensor.data)
         self.is_pinned = pin and device.type == "cuda" and _pin(self._host)
         self.is_present = False
+        self._changed: set[int] = set()  # ids of tensors whose copy on the device is newer than the host's
         self.leave()
 
     def copy_to(self, flat: torch.Tensor) -> None:
@@ -81,8 +83,27 @@ class HostWeights:
         """Let every tensor be in host memory again; the device's copy is free once nothing uses it."""
         is_same = self._device.type == "cpu"
         for piece in self._pieces:
+            if id(piece.tensor) in self._changed:
+                piece.of(self._host).copy_(piece.tensor.data)
             piece.tensor.data = torch.empty(0, dtype=piece.dtype) if is_same else piece.of(self._host)
+        self._changed.clear()
         self.is_present = False
+
+    @contextmanager
+    def changing(self, parameters: Iterable[torch.Tensor]) -> Iterator[None]:
+        """Let these be read and written inside, wherever they are; the change outlasts the next coming and going.
+
+        What is on the device is changed there, and goes to host memory when it leaves.
+        """
+        if self.is_present:
+            self._changed.update(map(id, parameters))
+            yield
+            return
+        self.arrive(self._host)
+        try:
+            yield
+        finally:
+            self.leave()
 
 
 class Visitor:
@@ -110,6 +131,10 @@ class Visitor:
         self._depth -= 1
         if self._depth == 0 and not self.stays:
             self.weights.leave()
+
+    def changing(self, parameters: Iterable[torch.Tensor]) -> AbstractContextManager[None]:
+        """Let these parameters of the component be changed inside; not to be entered during a call."""
+        return self.weights.changing(parameters)
 
     def make_room(self) -> None:
         if self._depth == 0 and self.weights.is_present:
@@ -162,6 +187,21 @@ class Layerwise:
         for index, block in enumerate(blocks):
             block.register_forward_pre_hook(self._before(index))
             block.register_forward_hook(self._after(index), always_call=True)
+
+    @contextmanager
+    def changing(self, parameters: Iterable[torch.Tensor]) -> Iterator[None]:
+        """Let these parameters of the denoiser be changed inside; not to be entered during a call.
+
+        What was fetched ahead is fetched again: it may be of before the change.
+        """
+        if self._copying is not None:
+            self._copying.synchronize()
+        self._held = [None, None]
+        touched = list(parameters)
+        with ExitStack() as stack:
+            for weights in self._weights:
+                stack.enter_context(weights.changing(touched))
+            yield
 
     @property
     def is_pinned(self) -> bool:

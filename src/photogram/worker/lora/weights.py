@@ -11,6 +11,8 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
 
 import torch
 
@@ -25,10 +27,17 @@ _PREFETCHED = 3  # base tensors on their way to the GPU at once
 _GUESSED_RATE = {"cuda": 20e9, "cpu": 2e9}
 
 
+class Home(Protocol):
+    """Who holds weights that come to the device and go."""
+
+    def changing(self, parameters: Iterable[torch.Tensor]) -> AbstractContextManager[None]:
+        """Let these be read and written inside so that it lasts, wherever they are."""
+
+
 class ModuleWeights:
     """Owns the parameters of one module as far as LoRAs change them. `device` is where the arithmetic is done; the
-    parameters may lie elsewhere. `share` is told the names of those that have changed, where other ranks hold the
-    module too; it must leave them with the same values or raise DeviceLost."""
+    parameters may lie elsewhere, with a `home` if they come and go. `share` is told the names of those that have
+    changed, where other ranks hold the module too; it must leave them with the same values or raise DeviceLost."""
 
     def __init__(
         self,
@@ -39,6 +48,7 @@ class ModuleWeights:
     ) -> None:
         self.name = name
         self.merged: ModuleLoras = BASE
+        self.home: Home | None = None
         self._module = module
         self._device = device
         self._share = share
@@ -61,22 +71,29 @@ class ModuleWeights:
         before, touched = self.merged, self.merged.changes.keys() | wanted.changes.keys()
         started = self._now()
         is_first = not self._kept.keys() >= touched
-        self._keep(wanted.changes.keys())
-        try:
-            self._write(touched, wanted)
-        except Exception:
-            self._put_back(touched, before)
-            raise
+        with self._changing(touched):
+            moved_bytes = self._bytes(touched)
+            self._keep(wanted.changes.keys())
+            try:
+                self._write(touched, wanted)
+            except Exception:
+                self._put_back(touched, before)
+                raise
         self.merged = wanted
         if self._share is not None:
             self._share(sorted(touched))
         seconds = self._now() - started
         if touched and not is_first and seconds > 0:
-            self._rate = self._bytes(touched) / seconds
+            self._rate = moved_bytes / seconds
         if self._device.type == "cpu":
             # Copying again is as fast as restoring, and a laptop's memory is short.
             self._kept = {name: base for name, base in self._kept.items() if name in wanted.changes}
         logger.info("%s: %d parameters switched in %.3f s", self.name, len(touched), seconds)
+
+    def _changing(self, names: Iterable[str]) -> AbstractContextManager[None]:
+        if self.home is None:
+            return nullcontext()
+        return self.home.changing([self._module.get_parameter(name) for name in names])
 
     def _keep(self, names: Iterable[str]) -> None:
         """Copy the base values of parameters that were never touched."""
