@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -20,6 +21,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from ..core.card import ModelCard
 from ..core.errors import ConfigError
 
 BUILT_IN: dict[str, str] = {"demo-image": "image", "demo-video": "video"}
@@ -150,4 +152,10 @@ def _read_overrides(folder: Path, model_path: str) -> dict[str, Any]:
             raise ValueError("not an object")
     except (OSError, ValueError) as error:
         raise ConfigError(f"--model-path '{model_path}': {CARD_FILE} cannot be read ({error}).") from None
+    types = {field.name: field.type for field in msgspec.structs.fields(ModelCard)}
+    for name, value in overrides.items():
+        try:
+            msgspec.convert(value, types.get(name, Any))
+        except msgspec.ValidationError as error:
+            raise ConfigError(f"--model-path '{model_path}': {CARD_FILE}, '{name}': {error}.") from None
     return overrides
