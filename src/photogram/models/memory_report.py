@@ -61,12 +61,11 @@ def plan_of(
 
 def _usual_request(checkpoint: Checkpoint, index: dict[str, object]) -> UsualRequest:
     """Return the size that a request gets which names none, as far as it is known before the pipeline is loaded."""
-    heads = read_config(checkpoint.folder, "transformer").get("num_attention_heads")
     family = checkpoint_defaults(
         checkpoint.pipeline_class,
         DEFAULTS.get(checkpoint.pipeline_class, FamilyDefaults()),
         index,
-        heads if isinstance(heads, int) else None,
+        read_config(checkpoint.folder, "transformer"),
     )
     own = checkpoint.overrides
     return UsualRequest(
