@@ -60,6 +60,7 @@ def test_four_ranks_decode_a_large_picture_as_one_does(four_ranks, live_server):
     assert np.abs(picture(four_ranks, size=size) - picture(live_server, size=size)).max() <= 2  # of 255
 
 
+@pytest.mark.long
 def test_two_ranks_that_share_guidance_draw_what_one_draws(tmp_path, clip_model, clip_server):
     server = serve(tmp_path, ["--model-path", str(clip_model), "--num-gpus", "2", "--enable-cfg-parallel"])
     guided = {"size": "64x64", "num_inference_steps": 4, "guidance_scale": 4.0, "negative_prompt": "pale"}

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
+import pytest
 import safetensors.torch
 import torch
 
@@ -67,6 +68,7 @@ def draw_with_loras(folder: Path, scratch: Path, num_gpus: int) -> dict[str, np.
     return latents
 
 
+@pytest.mark.long
 def test_every_rank_switches_loras_in_step_and_back_to_the_same_bits(family_folder, tmp_path):
     scratch = [tmp_path / name for name in ("one", "two")]
     for folder in scratch:
