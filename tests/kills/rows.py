@@ -14,8 +14,8 @@ import psutil
 from photogram.engine.frames_folder import SHARED_MEMORY
 
 FINAL = {"completed", "failed", "cancelled"}
-# What a second end of a job would change.
-END = ("state", "finished_at", "file_key", "file_bytes", "error_code")
+# What a second end of a job would change. The file of a failed one is named until it is removed.
+END = ("state", "finished_at", "file_bytes", "error_code")
 
 
 @dataclass
@@ -39,7 +39,8 @@ class Rows:
         for job_id, before in self.known.items():
             assert job_id in now, f"{job_id} is lost"
             if before["state"] in FINAL:
-                ends = [{name: row[name] for name in END} for row in (before, now[job_id])]
+                told = (*END, "file_key") if before["state"] == "completed" else END
+                ends = [{name: row[name] for name in told} for row in (before, now[job_id])]
                 assert ends[0] == ends[1], f"{job_id} has ended twice"
         self.known = now
         return rows
