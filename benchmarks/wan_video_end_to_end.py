@@ -4,7 +4,9 @@
 that it works. Makes the checkpoint from the published configuration (no download, no network), lets plain diffusers
 draw a few steps of the same clip in a process of its own, then serves the folder and asks for the whole clip by
 `POST /v1/videos`. Both draw two steps of it before anything is measured. Stage times are the worker's own; the MP4's
-is from the worker's last word to the finished file. Writes JSON and a page to `benchmarks/results/`.
+is from the worker's last word to the finished file. `--flags="--compile"` serves with these flags, and repeated serves
+once with each. Writes JSON and a page to `benchmarks/results/` after every server, so that a run that is cut off leaves
+what it has.
 """
 
 import argparse
@@ -14,6 +16,7 @@ import logging
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -180,7 +183,9 @@ def peer(path: Path, tiny: bool, steps: int) -> dict[str, object]:
 
 def page(result: dict[str, Any]) -> str:
     """Return the result for readers: a line for each stage, ours beside plain diffusers'."""
-    ours, plain = result["photogram"]["clips"], result["plain_diffusers_eager"]
+    servers, plain = result["photogram"], result["plain_diffusers_eager"]
+    ours = [clip for server in servers for clip in server["clips"]]
+    heads = [server["flags"] or "as it starts" for server in servers for _ in server["clips"]]
     stage = plain["measured_s"]
     steps = result["call"]["num_inference_steps"]
     beside = {
@@ -191,6 +196,7 @@ def page(result: dict[str, Any]) -> str:
         "mp4_and_answer": None,
         "total": plain["scaled_total_s"],
     }
+    ready = [f"{server['start_to_ready_s']:.0f}" for server in servers]
     rows = []
     for name, seconds in beside.items():
         cells = [name.replace("_", " "), *(f"{clip[f'{name}_s']:.2f}" for clip in ours), shown(seconds)]
@@ -204,14 +210,13 @@ def page(result: dict[str, Any]) -> str:
             f"{result['device']}; {versions}. {size}, {result['call']['num_frames']} frames, {steps} steps, guidance "
             f"{result['call']['guidance_scale']}. Made by `python benchmarks/wan_video_end_to_end.py`.",
             "",
-            f"| seconds | {' | '.join(f'photogram, clip {number}' for number in range(1, len(ours) + 1))} "
-            "| diffusers, eager |",
+            f"| seconds | {' | '.join(f'photogram, {head}' for head in heads)} | diffusers, eager |",
             "|---|" + "---|" * (len(ours) + 1),
             *rows,
             "",
             f"*total* is from the request's first byte to the MP4's last ({ours[0]['file_bytes']:,} bytes). Of plain "
             f"diffusers {plain['measured_steps']} steps were drawn: {plain['note']}. "
-            f"The server was ready {result['photogram']['start_to_ready_s']:.0f} s after its start.",
+            f"Seconds from a server's start to ready: {', '.join(ready)}.",
             "",
         ]
     )
@@ -224,13 +229,13 @@ def shown(seconds: float | None) -> str:
 # --- the server ---------------------------------------------------------------------------------------------------
 
 
-def serve(path: Path, log_path: Path, data: Path, tiny: bool) -> tuple[subprocess.Popen, str]:
+def serve(path: Path, log_path: Path, data: Path, tiny: bool, flags: str) -> tuple[subprocess.Popen, str]:
     """Start `photogram serve` as a user would, and wait until it is warm."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "photogram", "serve", "--model-path", str(path), "--port", str(port)]
-    command += ["--data-dir", str(data)]
+    command += ["--data-dir", str(data), *shlex.split(flags)]
     command += ["--no-warmup"] if tiny else []  # at the card's size, which is the real model's
     paths = [str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
@@ -285,10 +290,10 @@ def stages(log: str) -> dict[str, float]:
     return found | {"worker_total": float(total), "done_at": done_at}
 
 
-def measure(path: Path, scratch: Path, tiny: bool, runs: int) -> dict[str, object]:
+def measure(path: Path, scratch: Path, tiny: bool, runs: int, flags: str) -> dict[str, object]:
     log = scratch / "server.log"
     began = time.perf_counter()
-    server, url = serve(path, log, scratch / "data", tiny)
+    server, url = serve(path, log, scratch / "data", tiny, flags)
     ready_s = time.perf_counter() - began
     results = []
     try:
@@ -310,7 +315,7 @@ def measure(path: Path, scratch: Path, tiny: bool, runs: int) -> dict[str, objec
     finally:
         server.send_signal(signal.SIGTERM)
         server.wait(60)
-    return {"start_to_ready_s": ready_s, "clips": results}
+    return {"flags": flags, "start_to_ready_s": ready_s, "clips": results}
 
 
 def main() -> None:
@@ -318,6 +323,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="a small model on the CPU")
     parser.add_argument("--runs", type=int, default=1, help="clips to draw")
     parser.add_argument("--peer-steps", type=int, default=6, help="steps that plain diffusers draws")
+    parser.add_argument("--flags", action="append", help="flags of the server; repeated: of one server after another")
     parser.add_argument("--make", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--peer", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder for the result")
@@ -329,6 +335,9 @@ def main() -> None:
     if arguments.peer is not None:
         run_peer(arguments.peer, arguments.tiny, arguments.peer_steps)
         return
+    device = "cpu" if arguments.tiny else torch.cuda.get_device_name()
+    name = f"{datetime.date.today()}-wan-video-{'tiny' if arguments.tiny else device.split()[1].lower()}"
+    arguments.out.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix="wan-"))
     try:
         began = time.perf_counter()
@@ -338,29 +347,25 @@ def main() -> None:
             path = scratch / "wan-2.1-t2v-1.3b"
             # In a process of its own, so that the GPU is free afterwards.
             subprocess.run([sys.executable, __file__, "--make", str(path)], check=True)
-        made_s = time.perf_counter() - began
-        plain = peer(path, arguments.tiny, arguments.peer_steps)
-        ours = measure(path, scratch, arguments.tiny, arguments.runs)
+        result: dict[str, Any] = {
+            "workload": "Wan2.1-T2V-1.3B's architecture, random weights: one clip through the HTTP API",
+            "call": call(arguments.tiny),
+            "device": device,
+            "versions": {
+                "torch": torch.__version__,
+                "diffusers": diffusers.__version__,
+                "transformers": transformers.__version__,
+            },
+            "checkpoint_made_s": time.perf_counter() - began,
+            "photogram": [],
+            "plain_diffusers_eager": peer(path, arguments.tiny, arguments.peer_steps),
+        }
+        for flags in arguments.flags or [""]:
+            result["photogram"].append(measure(path, scratch, arguments.tiny, arguments.runs, flags))
+            (arguments.out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+            (arguments.out / f"{name}.md").write_text(page(result))
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    device = "cpu" if arguments.tiny else torch.cuda.get_device_name()
-    result = {
-        "workload": "Wan2.1-T2V-1.3B's architecture, random weights: one clip through the HTTP API",
-        "call": call(arguments.tiny),
-        "device": device,
-        "versions": {
-            "torch": torch.__version__,
-            "diffusers": diffusers.__version__,
-            "transformers": transformers.__version__,
-        },
-        "checkpoint_made_s": made_s,
-        "photogram": ours,
-        "plain_diffusers_eager": plain,
-    }
-    name = f"{datetime.date.today()}-wan-video-{'tiny' if arguments.tiny else device.split()[1].lower()}"
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
-    (arguments.out / f"{name}.md").write_text(page(result))
     print(page(result))
 
 

@@ -87,6 +87,20 @@ def test_jobs_of_fused_blocks_are_drawn_right_alone_and_stacked(name, graphs, fa
         assert relative_error(drawn[request.job_id].latents, reference.latents) < 10 * STACKED_TOLERANCE
 
 
+@pytest.mark.parametrize("name", ["wan-2.1", "qwen-image"])
+def test_fused_blocks_are_compiled_with_their_kernels(name, family_folder, tmp_path):
+    requests = requests_of(name)
+    plain = DiffusionPipeline.from_pretrained(family_folder(name), dtype=torch.float32).to(GPU)
+    torch._dynamo.reset()
+    studio = Studio(family_folder(name), tmp_path, precision="fp32", fused_kernels=True, compile=True, cuda_graphs=True)
+    drawn = studio.draw(requests)
+    torch._dynamo.reset()
+    for request in requests:
+        assert drawn[request.job_id].failure is None
+        reference = draw_alone(plain, request)
+        assert relative_error(drawn[request.job_id].latents, reference.latents) < 10 * STACKED_TOLERANCE
+
+
 @pytest.mark.parametrize("name", FUSED)
 def test_fused_blocks_in_bf16_are_no_further_from_fp32_than_diffusers_own(name, family_folder, tmp_path):
     request = requests_of(name)[0]

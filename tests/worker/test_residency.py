@@ -148,3 +148,13 @@ def noting(visitor: Visitor, notes: list[str]):
         copy_to(flat)
 
     return noted
+
+
+def test_a_network_that_is_away_names_the_device_its_calls_run_on(family_folder, tmp_path):
+    studio = Studio(family_folder("flux-1"), tmp_path)
+    modules = {name: studio.served.modules[name] for name in ("text_encoder", "vae")}
+    elsewhere = torch.device("meta")
+    offload_to(Visitors(), modules, Placement(text_encoder_cpu_offload=True, vae_cpu_offload=True), elsewhere)
+    for module in modules.values():
+        assert module.module.device == elsewhere
+        assert all(parameter.device == CPU for parameter in module.module.parameters())

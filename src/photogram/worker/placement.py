@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from diffusers import DiffusionPipeline
@@ -55,10 +55,11 @@ def offload_to(
     for name, module in wanted.items():
         if module.is_denoiser and placement.dit_layerwise_offload:
             blocks = _blocks(module.module)
+            _move_all_but(blocks, module.module, device)
             layers = Layerwise(blocks, device, pin=pin)
             if module.loras is not None:
                 module.loras.weights.home = layers
-            module.module.to(device)  # what is outside the blocks; the blocks' own tensors are empty or go back
+            _let_its_device_be(module.module, device)
             logger.info("%s: %d blocks come in one by one, two slots of %.2f GB", name, len(blocks),
                         layers.slot_bytes / 1e9)  # fmt: skip
             continue
@@ -68,9 +69,29 @@ def offload_to(
             module.loras.weights.home = visitor
         for method, real in module.real.items():
             module.real[method] = visitors.calls_of(visitor, real)
+        _let_its_device_be(module.module, device)
         where = "pinned host memory" if visitor.weights.is_pinned else "host memory"
         logger.info("%s: %.2f GB in %s, on the device for its calls", name, visitor.weights.num_bytes / 1e9, where)
     return visitors
+
+
+def _let_its_device_be(network: torch.nn.Module, device: torch.device) -> None:
+    """Have a network that is elsewhere between its calls name the device they run on.
+
+    Pipelines ask networks where they are and bring their arguments there (FLUX its token ids, its VAE's latents).
+    """
+    cls = type(network)
+    network.__class__ = type(
+        cls.__name__, (cls,), {"device": property(lambda self: device), "__module__": cls.__module__}
+    )
+
+
+def _move_all_but(blocks: Iterable[torch.nn.Module], network: torch.nn.Module, device: torch.device) -> None:
+    """Move what a network has outside these blocks, which may not fit, to the device."""
+    stay = {id(tensor) for block in blocks for tensor in (*block.parameters(), *block.buffers())}
+    for tensor in (*network.parameters(), *network.buffers()):
+        if id(tensor) not in stay:
+            tensor.data = tensor.data.to(device)
 
 
 def is_offloaded(name: str, placement: Placement) -> bool:

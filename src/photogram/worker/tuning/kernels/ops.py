@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+from types import ModuleType
 
 import torch
 
-from . import reference
+from . import opaque, reference
 from .reference import Modulation, Norm
 
 
@@ -17,17 +19,13 @@ def can_fuse(device: torch.device) -> bool:
 
 def norm_modulate(x_BSD: torch.Tensor, norm: Norm, modulation: Modulation | None = None) -> torch.Tensor:
     if x_BSD.is_cuda:
-        from . import norm as triton_norm
-
-        return triton_norm.norm_modulate(x_BSD, norm, modulation)
+        return _chains("norm").norm_modulate(x_BSD, norm, modulation)
     return reference.norm_modulate(x_BSD, norm, modulation)
 
 
 def add_gated(x_BSD: torch.Tensor, branch_BSD: torch.Tensor, gate_BD: torch.Tensor | None = None) -> torch.Tensor:
     if x_BSD.is_cuda:
-        from . import norm as triton_norm
-
-        return triton_norm.add_gated(x_BSD, branch_BSD, gate_BD)
+        return _chains("norm").add_gated(x_BSD, branch_BSD, gate_BD)
     return reference.add_gated(x_BSD, branch_BSD, gate_BD)
 
 
@@ -39,9 +37,7 @@ def add_gated_norm_modulate(
     modulation: Modulation | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if x_BSD.is_cuda:
-        from . import norm as triton_norm
-
-        return triton_norm.add_gated_norm_modulate(x_BSD, branch_BSD, gate_BD, norm, modulation)
+        return _chains("norm").add_gated_norm_modulate(x_BSD, branch_BSD, gate_BD, norm, modulation)
     return reference.add_gated_norm_modulate(x_BSD, branch_BSD, gate_BD, norm, modulation)
 
 
@@ -56,9 +52,7 @@ def norm_rotate(
     """Return `out_BSHW`, or a tensor of its own, with what is computed of `x_BSHW` in it."""
     out = torch.empty(x_BSHW.shape, dtype=x_BSHW.dtype, device=x_BSHW.device) if out_BSHW is None else out_BSHW
     if x_BSHW.is_cuda:
-        from . import rope as triton_rope
-
-        triton_rope.norm_rotate(x_BSHW, weight, eps, cos, sin, out)
+        _chains("rope").norm_rotate(x_BSHW, weight, eps, cos, sin, out)
     else:
         reference.norm_rotate(x_BSHW, weight, eps, cos, sin, out)
     return out
@@ -66,7 +60,12 @@ def norm_rotate(
 
 def rms_silu(x_BCTHW: torch.Tensor, gamma_C: torch.Tensor, scale: float) -> torch.Tensor:
     if x_BCTHW.is_cuda and x_BCTHW.is_contiguous(memory_format=torch.channels_last_3d):
-        from . import activation
-
-        return activation.rms_silu(x_BCTHW, gamma_C, scale)
+        return _chains("activation").rms_silu(x_BCTHW, gamma_C, scale)
     return reference.rms_silu(x_BCTHW, gamma_C, scale)
+
+
+def _chains(name: str) -> ModuleType:
+    """Return the module that launches Triton's kernels or, to be compiled, the operators that do."""
+    if torch.compiler.is_compiling():
+        return opaque
+    return importlib.import_module(f".{name}", __package__)
