@@ -77,9 +77,11 @@ def _normal(*shape: int, device: torch.device, dtype: torch.dtype, seed: int = 1
 # --- denoisers ----------------------------------------------------------------------------------------------------
 
 
-def _wan(tiny: bool) -> Workload:
-    heads, width, layers, ffn, text = (2, 32, 2, 128, 64) if tiny else (12, 128, 30, 8960, 4096)
-    frames, height, short = (2, 8, 12) if tiny else (21, 60, 104)
+def wan(*, tiny: bool, is_14b: bool = False) -> Workload:
+    """Wan2.1's 1.3B at 480p, or its 14B at 720p."""
+    heads, width, layers, ffn = (2, 32, 2, 128) if tiny else (40, 128, 40, 13824) if is_14b else (12, 128, 30, 8960)
+    text = 64 if tiny else 4096
+    frames, height, short = (2, 8, 12) if tiny else (21, 90, 160) if is_14b else (21, 60, 104)
 
     def make(layers: int = layers) -> torch.nn.Module:
         return WanTransformer3DModel(
@@ -104,13 +106,13 @@ def _wan(tiny: bool) -> Workload:
         }
 
     return Workload(
-        name="wan-480p",
-        unit="Wan2.1-1.3B 832x480x81, CFG step",
+        name="wan-14b-720p" if is_14b else "wan-480p",
+        unit="Wan2.1-14B 1280x720x81, CFG step" if is_14b else "Wan2.1-1.3B 832x480x81, CFG step",
         calls=2,
         make=make,
         shallow=lambda: make(2),
         arguments=arguments,
-        reach_ms=960,
+        reach_ms=None if is_14b else 960,
     )
 
 
@@ -372,7 +374,7 @@ def _wan_vae(tiny: bool) -> Workload:
 def workloads(*, tiny: bool) -> dict[str, Workload]:
     """Return every workload by name, the most telling first."""
     every = (
-        _wan(tiny),
+        wan(tiny=tiny),
         _flux1(tiny),
         _sdxl(tiny),
         _qwen(tiny, 512),
