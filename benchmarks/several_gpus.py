@@ -4,7 +4,9 @@
 gloo. Published architectures, normal random weights, bf16. One process a GPU; the first also runs each row alone, and
 every layout's result is compared with that. `--compile` compiles the repeated blocks of both. A layout is Ulysses x
 ring, and `CFG n x` before it where the halves of guidance run apart. Medians; the device is idle before each call.
-Writes JSON to `benchmarks/results/` after every row, and begins nothing after `--seconds`.
+With four GPUs two of them come first, then all four. Writes JSON to `benchmarks/results/` after every row, and begins
+nothing after `--seconds`. Last, `--clip` has one clip drawn through the HTTP API by a server on one GPU and by one on
+all of them, and compares the frames (`wan_video_end_to_end.py`).
 """
 
 import argparse
@@ -13,6 +15,7 @@ import gc
 import json
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -249,7 +252,8 @@ def save(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", nargs="*", help=f"any of {', '.join(ROWS)}; default: all")
-    parser.add_argument("--world", type=int, help="GPUs to use; default: all, at most four")
+    parser.add_argument("--worlds", type=int, nargs="+", help="numbers of GPUs; default: 2 and 4, as far as there are")
+    parser.add_argument("--clip", action="store_true", help="and one clip through the HTTP API")
     parser.add_argument("--compile", action="store_true", help="compile the repeated blocks")
     parser.add_argument("--seconds", type=float, default=540, help="begin nothing more after this long")
     parser.add_argument("--tiny", action="store_true", help="small networks on a CPU")
@@ -257,15 +261,30 @@ def main() -> None:
     options = parser.parse_args()
     if unknown := set(options.rows) - set(ROWS):
         parser.error(f"no such row: {', '.join(sorted(unknown))}")
-    options.world = options.world or (2 if options.tiny else min(4, torch.cuda.device_count()))
-    if options.world < 2:
+    count = 2 if options.tiny else torch.cuda.device_count()
+    worlds = options.worlds or [world for world in (2, 4) if world <= count]
+    if not worlds:
         parser.error("there is one GPU: nothing to compare")
-    with tempfile.TemporaryDirectory(prefix="several-gpus-") as folder:
-        ranks = torch.multiprocessing.spawn(
-            run_rank, args=(str(Path(folder) / "meeting"), options), nprocs=options.world, join=False
-        )
-        while not ranks.join(timeout=5):
-            pass
+    until = time.perf_counter() + options.seconds
+    for number, world in enumerate(worlds, start=1):
+        options.world = world
+        # What is left is divided evenly among the runs to come.
+        options.seconds = (until - time.perf_counter()) / (len(worlds) - number + 1)
+        with tempfile.TemporaryDirectory(prefix="several-gpus-") as folder:
+            torch.multiprocessing.spawn(
+                run_rank, args=(str(Path(folder) / "meeting"), options), nprocs=options.world, join=True
+            )
+    if options.clip:
+        draw_clip(worlds[-1], options)
+
+
+def draw_clip(world: int, options: argparse.Namespace) -> None:
+    """Run `wan_video_end_to_end.py` on one GPU and on `world`, with the flags that users of several are told of."""
+    degrees = f"--ulysses-degree=2 --ring-degree={world // 2}"
+    flags = f"--text-encoder-cpu-offload --pin-cpu-memory --num-gpus {world} {degrees}"
+    script = Path(__file__).with_name("wan_video_end_to_end.py")
+    command = [sys.executable, str(script), "--out", str(options.out), "--flags=", f"--flags={flags}"]
+    subprocess.run([*command, "--tiny"] if options.tiny else command, check=True)
 
 
 if __name__ == "__main__":

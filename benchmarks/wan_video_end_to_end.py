@@ -5,12 +5,13 @@ that it works. Makes the checkpoint from the published configuration (no downloa
 draw a few steps of the same clip in a process of its own, then serves the folder and asks for the whole clip by
 `POST /v1/videos`. Both draw two steps of it before anything is measured. Stage times are the worker's own; the MP4's
 is from the worker's last word to the finished file. `--flags="--compile"` serves with these flags, and repeated serves
-once with each. Writes JSON and a page to `benchmarks/results/` after every server, so that a run that is cut off leaves
-what it has.
+once with each, and compares the clips' frames with the first server's. Writes JSON and a page to `benchmarks/results/`
+after every server, so that a run that is cut off leaves what it has.
 """
 
 import argparse
 import datetime
+import io
 import json
 import logging
 import math
@@ -27,8 +28,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import av
 import diffusers
 import httpx
+import numpy as np
 import torch
 import transformers
 from diffusers import AutoencoderKLWan, DiffusionPipeline, WanPipeline, WanTransformer3DModel
@@ -201,6 +204,9 @@ def page(result: dict[str, Any]) -> str:
     for name, seconds in beside.items():
         cells = [name.replace("_", " "), *(f"{clip[f'{name}_s']:.2f}" for clip in ours), shown(seconds)]
         rows.append(f"| {' | '.join(cells)} |")
+    nearness = [clip["psnr_to_first_server_db"] for clip in ours]
+    cells = ["same" if one is None else f"{one:.1f} dB" for one in nearness]
+    rows.append(f"| frames beside the first server's | {' | '.join(cells)} |  |")
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     size = f"{result['call']['width']}x{result['call']['height']}"
     return "\n".join(
@@ -290,7 +296,19 @@ def stages(log: str) -> dict[str, float]:
     return found | {"worker_total": float(total), "done_at": done_at}
 
 
-def measure(path: Path, scratch: Path, tiny: bool, runs: int, flags: str) -> dict[str, object]:
+def frames_of(file: bytes) -> np.ndarray:
+    """Return the decoded luma (frames, height, width)."""
+    with av.open(io.BytesIO(file)) as container:
+        return np.stack([frame.to_ndarray(format="gray") for frame in container.decode(video=0)])
+
+
+def psnr_db(frames: np.ndarray, expected: np.ndarray) -> float | None:
+    """Return how near two clips are; None for equal ones."""
+    error = np.square(frames.astype(np.float32) - expected).mean()
+    return None if error == 0 else float(10 * np.log10(255**2 / error))
+
+
+def measure(path: Path, scratch: Path, tiny: bool, runs: int, flags: str) -> dict[str, Any]:
     log = scratch / "server.log"
     began = time.perf_counter()
     server, url = serve(path, log, scratch / "data", tiny, flags)
@@ -308,6 +326,7 @@ def measure(path: Path, scratch: Path, tiny: bool, runs: int, flags: str) -> dic
                     **{f"{name}_s": found[name] for name in ("encode", "denoise", "decode", "frames")},
                     "mp4_and_answer_s": ended_at - found["done_at"],
                     "file_bytes": len(file),
+                    "frames": frames_of(file),
                     "size": video["size"],
                     "seconds": video["seconds"],
                 }
@@ -360,8 +379,14 @@ def main() -> None:
             "photogram": [],
             "plain_diffusers_eager": peer(path, arguments.tiny, arguments.peer_steps),
         }
+        expected: list[np.ndarray] = []
         for flags in arguments.flags or [""]:
-            result["photogram"].append(measure(path, scratch, arguments.tiny, arguments.runs, flags))
+            found = measure(path, scratch, arguments.tiny, arguments.runs, flags)
+            frames = [clip.pop("frames") for clip in found["clips"]]
+            expected = expected or frames
+            for clip, own, first in zip(found["clips"], frames, expected, strict=True):
+                clip["psnr_to_first_server_db"] = psnr_db(own, first)
+            result["photogram"].append(found)
             (arguments.out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
             (arguments.out / f"{name}.md").write_text(page(result))
     finally:
