@@ -72,8 +72,8 @@ def test_progress_counts_the_real_steps_and_ends_at_100(clip_server, client):
     assert told == sorted(told)
     assert told[-1] == 100
     assert set(told[:-1]) <= set(range(100))
-    assert steps == sorted(steps)
-    assert len(set(steps)) > 20  # the first may be over before anybody watches
+    assert steps == sorted(set(steps))  # each once, though guidance makes two calls of it
+    assert len(steps) > 20  # the first may be over before anybody watches
 
 
 def test_a_cancelled_clip_stops_within_a_step(clip_server, client):

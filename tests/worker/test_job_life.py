@@ -2,6 +2,7 @@
 
 import gc
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -70,6 +71,19 @@ def test_progress_of_two_denoisers_is_one_count_of_all_steps(family_folder, tmp_
     assert steps == sorted(steps)
     assert set(steps) == set(range(job.num_inference_steps))
     assert {report.num_steps for report in reports} == {job.num_inference_steps}
+
+
+@pytest.mark.parametrize("name", ["wan-2.1", "hunyuan-video-1.5", "ltx"])
+def test_each_step_is_told_once_however_many_calls_it_takes(name, family_folder, tmp_path):
+    studio = Studio(family_folder(name), tmp_path)
+    job = msgspec.structs.replace(requests_of(name)[0], num_inference_steps=3)
+    studio.draw([job])
+    calls_per_step = {"wan-2.1": 2, "hunyuan-video-1.5": 2, "ltx": 1}[name]
+    assert len(studio.passes("transformer")) == 3 * calls_per_step
+    reports = [message for message in studio.messages if isinstance(message, Progress)]
+    assert [(report.phase, report.step) for report in reports] == [
+        ("encode", 0), ("denoise", 0), ("denoise", 1), ("denoise", 2), ("decode", 3)
+    ]  # fmt: skip
 
 
 def test_finish_time_is_estimated_once_a_like_job_has_run(studio):

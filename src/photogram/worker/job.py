@@ -74,6 +74,7 @@ class Job:
         self.stackable: Stackable | None = None
         self.to_remember: list[tuple[Hashable, Any]] = []  # answers whose reading is not over
         self.fraction = 0.0
+        self.reported: tuple[Phase, int] | None = None  # the phase and the steps done that the host was told of last
         self.calls_run = 0
         self.calls_shared = 0
         self.largest_batch = 1

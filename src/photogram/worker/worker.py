@@ -315,7 +315,11 @@ class Worker:
         return job.watch.num_steps or job.request.num_inference_steps
 
     def _report(self, job: Job) -> None:
+        """Tell how far the job is, once for each step: with guidance a step can be several calls."""
         done, num_steps = job.watch.steps_done, self._num_steps(job)
+        if job.reported == (job.phase, done):
+            return
+        job.reported = (job.phase, done)
         share = {"encode": 0.0, "denoise": ENCODE_SHARE, "decode": 1 - DECODE_SHARE}[job.phase]
         if job.phase == "denoise":
             share += (1 - ENCODE_SHARE - DECODE_SHARE) * min(1.0, done / num_steps)
