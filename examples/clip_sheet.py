@@ -53,10 +53,11 @@ def main(path: str) -> None:
     begun = client.videos.create(prompt=prompt, input_reference=picture, extra_body={"seed": 1})
     video_id, data = keep(begun, f"from a first frame: {prompt}")
     prompt = "a blue circle moves to the right"
-    keep(client.videos.remix(video_id, prompt=prompt, extra_body={"seed": 2}), f"its remix: {prompt}")
+    settings = {"seed": 2, "strength": 0.9}
+    keep(client.videos.remix(video_id, prompt=prompt, extra_body=settings), f"its remix, strength 0.9: {prompt}")
     prompt = "a green square moves to the right"
-    edited = client.videos.edit(prompt=prompt, video=("clip.mp4", data), extra_body={"seed": 3, "strength": 0.8})
-    keep(edited, f"an edit of its file, strength 0.8: {prompt}")
+    edited = client.videos.edit(prompt=prompt, video=("clip.mp4", data), extra_body=settings)
+    keep(edited, f"an edit of its file, strength 0.9: {prompt}")
     prompt = "the circle moves down"
     extended = client.videos.extend(prompt=prompt, seconds="2", video=("clip.mp4", data), extra_body={"seed": 4})
     keep(extended, f"its extension: {prompt}")
