@@ -60,9 +60,10 @@ def test_clip_has_its_model_s_sound_as_long_as_its_frames(sounding):
     assert samples.std() > 0.01
 
 
-def test_what_is_added_to_a_clip_is_heard_after_it(sounding):
+def test_what_is_added_to_a_clip_is_heard_after_what_was_heard_before(sounding):
     client = sounding.client()
     video = client.videos.create_and_poll(prompt="a red circle hums", poll_interval_ms=100)
+    _, _, original, original_rate = tracks(client.videos.download_content(video.id).read())
     answer = httpx.post(
         f"{sounding.url}/v1/videos/extensions",
         json={"video": {"id": video.id}, "prompt": "it hums on", "num_frames": 8},
@@ -76,6 +77,12 @@ def test_what_is_added_to_a_clip_is_heard_after_it(sounding):
     assert seconds == pytest.approx(33 * FRAME_S, abs=FRAME_S)
     begins = round(25 * FRAME_S * rate)
     assert samples[:, begins:].std() > 0.01
+    assert rate == 2 * original_rate
+    whole = round(24 * FRAME_S * original_rate)  # in the last frame the two fade into each other
+    before, after = original[:, :whole], samples[:, ::2][:, :whole]
+    # The model's weights are random, and its sound is little more than a level; silence would differ by all of it.
+    assert np.sqrt(np.mean(before**2)) > 0.5
+    assert np.sqrt(np.mean((after - before) ** 2)) < 0.15
 
 
 def test_a_picture_of_a_model_with_sound_leaves_nothing_in_shared_memory(sounding):

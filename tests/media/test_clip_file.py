@@ -8,9 +8,10 @@ import pytest
 from av.video.reformatter import ColorRange, Colorspace
 
 from photogram.core.errors import GenerationFailed, RequestError
-from photogram.media.clip_file import Sound, crf, encode_mp4
+from photogram.media.clip_file import crf, encode_mp4
 from photogram.media.provenance import Provenance, read_provenance
 from photogram.media.quality import PRESETS
+from photogram.media.sound import Sound
 
 from .pictures import decoded, moving, psnr
 

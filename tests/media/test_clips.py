@@ -9,8 +9,9 @@ from PIL import Image
 
 from photogram.core.errors import RequestError, StorageFailed
 from photogram.media.clip_file import encode_mp4
-from photogram.media.clips import ClipFacts, probe_clip, write_frames
+from photogram.media.clips import ClipFacts, probe_clip, write_frames, write_sound
 from photogram.media.first_frame import of_clip_end, of_picture
+from photogram.media.sound import KEPT_RATE, Sound
 from photogram.media.stills import STILLS
 
 from .pictures import moving, psnr
@@ -203,3 +204,84 @@ def test_a_first_frame_that_cannot_be_kept_is_a_failed_storage(frames, tmp_path)
         of_clip_end(tmp_path / "clip.npy", tmp_path / "absent" / "first.png", 192, 128)
     with pytest.raises(StorageFailed):
         of_picture(tmp_path / "absent.png", tmp_path / "first.png", 192, 128)
+
+
+def sounding(frames, format, codec, rate, *, layout="stereo", begins_s=0.0, seconds=1.0):
+    """A clip as another program writes it: at 16 frames a second, with a tone of 440 Hz from `begins_s` on."""
+    file = io.BytesIO()
+    with av.open(file, "w", format=format) as container:
+        video = container.add_stream("libx264" if format != "webm" else "libvpx-vp9", rate=16)
+        video.height, video.width, video.pix_fmt = *frames.shape[1:3], "yuv420p"
+        audio = container.add_stream(codec, rate=rate, layout=layout)
+        for number, picture in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(picture, "rgb24")
+            frame.pts = number
+            container.mux(video.encode(frame))
+        container.mux(video.encode(None))
+        t = np.arange(round(seconds * rate)) / rate
+        wave = (0.5 * np.sin(2 * np.pi * 440 * t)).astype(np.float32)
+        samples = np.stack([wave] * (1 if layout == "mono" else 2))
+        resampler = av.AudioResampler(format=audio.codec_context.format.name, layout=layout, rate=rate)
+        size = 960
+        for start in range(0, len(t), size):
+            piece = np.ascontiguousarray(samples[:, start : start + size])
+            frame = av.AudioFrame.from_ndarray(piece, format="fltp", layout=layout)
+            frame.sample_rate, frame.time_base = rate, Fraction(1, rate)
+            frame.pts = start + round(begins_s * rate)
+            for one in resampler.resample(frame):
+                container.mux(audio.encode(one))
+        container.mux(audio.encode(None))
+    return file.getvalue()
+
+
+def read_sound(data, tmp_path, seconds=17 / 16):
+    with (tmp_path / "sound.npy").open("wb") as target:
+        write_sound(io.BytesIO(data), "'video'", target, seconds=seconds)
+    return np.load(tmp_path / "sound.npy", allow_pickle=False)
+
+
+SOUNDS = [("mp4", "aac", 44100, "stereo"), ("mov", "pcm_s16le", 22050, "mono"), ("webm", "libopus", 48000, "stereo"),
+          ("matroska", "flac", 48000, "stereo"), ("mp4", "libmp3lame", 44100, "mono")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("format", "codec", "rate", "layout"), SOUNDS)
+def test_sound_of_any_usual_kind_is_heard_where_it_was(format, codec, rate, layout, frames, tmp_path):
+    data = sounding(frames, format, codec, rate, layout=layout, begins_s=0.25, seconds=0.5)
+    found = read_sound(data, tmp_path)
+    assert (found.dtype, found.shape) == (np.float32, (17 * KEPT_RATE // 16, 2))
+    assert np.abs(found[:, 0] - found[:, 1]).max() < 0.02
+    loud = np.flatnonzero(np.abs(found[:, 0]) > 0.2)
+    # Files tell where a track begins in milliseconds, and a codec's frames have soft ends.
+    assert loud[0] / KEPT_RATE == pytest.approx(0.25, abs=0.01)
+    assert loud[-1] / KEPT_RATE == pytest.approx(0.75, abs=0.01)
+    middle = found[round(0.3 * KEPT_RATE) : round(0.7 * KEPT_RATE), 0]
+    spectrum = np.abs(np.fft.rfft(middle * np.hanning(len(middle))))
+    assert np.argmax(spectrum) * KEPT_RATE / len(middle) == pytest.approx(440, abs=3)
+    assert np.abs(middle).max() == pytest.approx(0.5, abs=0.05)
+
+
+def test_sound_ends_with_the_frames_and_is_followed_by_silence_where_it_ends_early(frames, tmp_path):
+    data = sounding(frames, "mp4", "aac", 48000, seconds=0.5)
+    assert len(read_sound(data, tmp_path, seconds=0.25)) == KEPT_RATE // 4
+    longer = read_sound(data, tmp_path, seconds=2.0)
+    assert len(longer) == 2 * KEPT_RATE
+    assert np.abs(longer[round(0.6 * KEPT_RATE) :]).max() < 0.01
+
+
+def test_the_sound_of_this_server_s_own_clips_comes_back_in_step(frames, tmp_path):
+    t = np.arange(17 * 24000 // 16) / 24000
+    wave = (0.5 * np.sin(2 * np.pi * 440 * t)).astype(np.float32)
+    data = encode_mp4(frames, 192, 128, 16, 90, None, Sound(np.stack([wave, wave], axis=1), 24000))
+    found = read_sound(data, tmp_path)[:, 0]
+    told = 0.5 * np.sin(2 * np.pi * 440 * np.arange(len(found)) / KEPT_RATE)
+    assert np.corrcoef(found[4800:-4800], told[4800:-4800])[0, 1] > 0.98
+
+
+def test_a_clip_without_sound_has_no_samples(clip, tmp_path):
+    assert read_sound(clip, tmp_path).shape == (0, 2)
+
+
+def test_sound_of_an_unusual_kind_is_refused_by_its_name(frames, tmp_path):
+    with pytest.raises(RequestError, match="its sound is mp2; AAC, MP3") as refusal:
+        read_sound(sounding(frames, "matroska", "mp2", 48000), tmp_path)
+    assert (refusal.value.param, refusal.value.code) == ("video", "unsupported_video")

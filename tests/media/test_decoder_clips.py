@@ -12,6 +12,7 @@ from photogram.media.clip_file import encode_mp4
 from photogram.media.clips import ClipFacts
 from photogram.media.decoder import ClipForm
 from photogram.media.decoder_pool import DecoderPool
+from photogram.media.sound import KEPT_RATE, Sound
 
 from .pictures import moving, psnr
 
@@ -64,6 +65,23 @@ def test_a_clip_is_probed_and_written_as_a_worker_reads_it(clip, frames, tmp_pat
     found = write(clip, tmp_path / "clip.npy")
     assert (found.dtype, found.shape) == (np.uint8, (9, 64, 96, 3))
     assert psnr(found, frames[::2]) > 30
+
+
+def test_the_sound_of_a_clip_is_written_as_long_as_its_frames(frames, tmp_path):
+    level = np.full((17 * 24000 // 16, 1), 0.25, np.float32) * np.sin(np.arange(25500) / 10, dtype=np.float32)[:, None]
+    data = encode_mp4(frames, 96, 64, 16, 90, None, Sound(level, 24000))
+
+    async def work(pool):
+        with tempfile.TemporaryFile() as source:
+            source.write(data)
+            target = tmp_path / "sound.npy"
+            await pool.sound(source, target, "'video'", "video", max_pixels=PIXELS, form=FORM)
+            return np.load(target, allow_pickle=False)
+
+    found = with_pool(work)
+    assert (found.dtype, found.shape) == (np.float32, (9 * KEPT_RATE // 8, 2))
+    heard = found[: KEPT_RATE // 2]
+    assert np.sqrt(np.mean(heard**2)) == pytest.approx(0.25 / np.sqrt(2), rel=0.1)
 
 
 @pytest.mark.parametrize("data", [b"", b"no clip", b"\0\0\0\x18ftypisom" + bytes(50)])

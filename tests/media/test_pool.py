@@ -198,6 +198,52 @@ def test_the_sound_of_a_clip_begins_where_its_frames_do(tmp_path):
     assert list(frames_dir.iterdir()) == []
 
 
+@pytest.mark.parametrize("draws_sound", [True, False])
+def test_the_earlier_sound_of_a_clip_that_goes_on_is_kept(draws_sound, tmp_path):
+    np.save(tmp_path / "earlier.npy", moving(17, 96, 60))
+    t = np.arange(17 * 48000 // 16) / 48000
+    wave = (0.5 * np.sin(2 * np.pi * 880 * t)).astype(np.float32)
+    np.save(tmp_path / "sound.npy", np.stack([wave, wave], axis=1))
+    frames_dir = tmp_path / "frames"
+    frames_dir.mkdir()
+    output = OutputSpec(
+        width=96,
+        height=60,
+        format="mp4",
+        compression=50,
+        fps=16,
+        continues=str(tmp_path / "earlier.npy"),
+        continues_sound=str(tmp_path / "sound.npy"),
+    )
+
+    async def encode():
+        pool = MediaPool(frames_dir)
+        try:
+            drawn = sound_block(frames_dir, seconds=1) if draws_sound else None
+            return await pool.encode_clip(clip_block(frames_dir, moving(17, 96, 60)), output, None, drawn)
+        finally:
+            pool.close()
+
+    data = asyncio.run(encode()).data
+    with av.open(io.BytesIO(data)) as container:
+        audio = container.streams.audio[0]
+        assert (audio.rate, audio.channels) == (48000, 2)
+        heard = np.concatenate([frame.to_ndarray() for frame in container.decode(audio)], axis=1)[0]
+    assert len(decoded(data)) == 33
+    assert len(heard) / 48000 == pytest.approx(33 / 16, abs=0.05)
+
+    def pitch(begins_s, ends_s):
+        part = heard[round(begins_s * 48000) : round(ends_s * 48000)]
+        return np.argmax(np.abs(np.fft.rfft(part * np.hanning(len(part))))) * 48000 / len(part)
+
+    assert pitch(0.1, 0.9) == pytest.approx(880, abs=4)
+    if draws_sound:
+        assert pitch(1.1, 1.9) == pytest.approx(440, abs=4)
+    else:
+        assert np.abs(heard[round(1.2 * 48000) :]).max() < 0.01
+    assert list(frames_dir.iterdir()) == []
+
+
 @pytest.mark.parametrize(("changes", "said"), [({"channels": 3}, "1 or 2 channels"), ({"rate": 12345}, "encoded")])
 def test_a_sound_that_no_clip_can_have_is_a_failed_generation_and_leaves_nothing(tmp_path, changes, said):
     async def encode():

@@ -234,7 +234,8 @@ def test_a_clip_of_ours_is_drawn_anew_as_it_is():
     drawn, file = made.drawing.request, made.drawing.output
     assert (drawn.video, drawn.images, drawn.strength) == ("/in/clip.npy", (), REDRAW_STRENGTH)
     assert (drawn.width, drawn.height, drawn.num_frames, drawn.fps) == (112, 80, 33, 8)
-    assert (file.width, file.height, file.fps, file.continues) == (100, 70, 8, None)
+    assert (file.width, file.height, file.fps) == (100, 70, 8)
+    assert (file.continues, file.continues_sound) == (None, None)
     assert made.remixed_from == "video_1"
 
 
@@ -258,7 +259,7 @@ def test_an_extension_adds_what_is_asked_for_to_the_clip():
     made = resolve({"seconds": 2}, card=ABLE, beginning=clip("extend", fps=16.0, video_id="video_1"))
     drawn, file = made.drawing.request, made.drawing.output
     assert (drawn.images, drawn.video, drawn.num_frames) == (("/in/first.png",), None, 33)
-    assert file.continues == "/in/clip.npy"
+    assert (file.continues, file.continues_sound) == ("/in/clip.npy", "/in/sound.npy")
     assert (made.length.earlier, made.length.num_frames, spoken(made.length.seconds)) == (33, 65, "4.06")
 
 

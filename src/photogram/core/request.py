@@ -70,7 +70,8 @@ class OutputSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     Where `width` and `height` differ from the drawn size, the drawing is enlarged (Lanczos) until it covers them
     and cropped evenly. `fps` is given for a clip. `continues` is the path of a clip in the form of
     `GenerateRequest.video` and of this size: it comes first, and the drawing's first frame, which repeats its last,
-    is left out.
+    is left out. `continues_sound` is the path of its sound: 32-bit floats in a NumPy file of shape (samples, 2),
+    48,000 a second, no samples where it has none.
     """
 
     width: int
@@ -81,3 +82,4 @@ class OutputSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     mask: str | None = None  # 8-bit grey, 255 where the picture is edited
     fps: int | None = None
     continues: str | None = None
+    continues_sound: str | None = None

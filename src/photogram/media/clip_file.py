@@ -8,11 +8,9 @@ from __future__ import annotations
 import io
 import struct
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 
 import av
 import numpy as np
-import numpy.typing as npt
 from av.audio.stream import AudioStream
 from av.container import OutputContainer
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation, VideoReformatter
@@ -21,6 +19,7 @@ from av.video.stream import VideoStream
 from ..core.errors import GenerationFailed
 from .fit import Picture
 from .provenance import Provenance, clip_texts, xmp_packet
+from .sound import Sound
 
 # x264's decisions depend on its number of threads, so it is a constant and not the machine's.
 _THREADS = 4
@@ -33,20 +32,6 @@ SCALING = (
 )
 _AAC_BITS, _AAC_SAMPLES = 192_000, 1024  # a second, and to a frame
 _XMP_UUID = bytes.fromhex("be7acfcb97a942e89c71999491e3afac")
-
-
-@dataclass(frozen=True, slots=True)
-class Sound:
-    """`samples` are 32-bit floats from -1 to 1, shape (samples, channels), 1 or 2 channels; `rate` a second."""
-
-    samples: npt.NDArray[np.float32]
-    rate: int
-
-
-def after_silence(sound: Sound, seconds: float) -> Sound:
-    """Return the sound with so much silence before it."""
-    silence = np.zeros((round(seconds * sound.rate), sound.samples.shape[1]), np.float32)
-    return Sound(np.concatenate([silence, sound.samples]), sound.rate)
 
 
 def crf(compression: int) -> int:

@@ -10,11 +10,13 @@ import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fractions import Fraction
+from itertools import chain
 from typing import IO
 
 import av
 import msgspec
 import numpy as np
+from av.audio.stream import AudioStream
 from av.container import InputContainer
 from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 from av.video.stream import VideoStream
@@ -22,10 +24,14 @@ from av.video.stream import VideoStream
 from ..core.errors import RequestError
 from .clip_file import SCALING
 from .fit import Picture, cover
+from .sound import KEPT_CHANNELS, KEPT_RATE, Keeper, Samples
 
 # FFmpeg's decoders, with the codecs' names.
 CODECS = {"h264": "H.264", "hevc": "HEVC", "vp8": "VP8", "vp9": "VP9", "av1": "AV1", "libdav1d": "AV1",
           "mpeg4": "MPEG-4"}  # fmt: skip
+SOUND_CODECS = {"aac": "AAC", "mp3": "MP3", "opus": "Opus", "vorbis": "Vorbis", "flac": "FLAC", "alac": "ALAC",
+                "ac3": "AC-3", "eac3": "E-AC-3"}  # fmt: skip
+_PCM = "pcm_"  # the beginning of the names of uncompressed sound
 MIN_SIDE = 16
 MAX_PACKETS = 100_000
 _THREADS = 2
@@ -133,6 +139,55 @@ def _shown_until(
         shown = frame
     if shown is not None:
         yield _upright(shown), None
+
+
+def write_sound(source: IO[bytes], what: str, target: IO[bytes], *, seconds: float, param: str = "video") -> None:
+    """Write the clip's sound as a NumPy file of 32-bit floats in the kept form (`sound`), shape (samples, 2).
+
+    It begins with the first frame and lasts `seconds`: what is beyond is left out, what is missing is silence. A clip
+    without sound gives no samples. `target` is an empty file. Raises RequestError for sound that cannot be decoded.
+    """
+    with _opened(source, what, param) as (container, video):
+        stream = next(iter(container.streams.audio), None)
+        num_samples = 0 if stream is None else round(seconds * KEPT_RATE)
+        header = {"descr": "<f4", "fortran_order": False, "shape": (num_samples, KEPT_CHANNELS)}
+        np.lib.format.write_array_header_1_0(target, header)
+        if stream is None:
+            return
+        sample_bytes = KEPT_CHANNELS * np.dtype(np.float32).itemsize
+        end = target.tell() + num_samples * sample_bytes
+        codec = None if stream.codec_context is None else stream.codec_context.codec.canonical_name
+        if codec not in SOUND_CODECS and not (codec or "").startswith(_PCM):
+            known = ", ".join((*SOUND_CODECS.values(), "PCM"))
+            raise RequestError(
+                f"{what}: its sound is {codec or 'of no known kind'}; {known} are read.",
+                param=param,
+                code="unsupported_video",
+            )
+        first = _first_frame(container, video)
+        begins = Fraction(0) if first.pts is None or first.time_base is None else first.pts * first.time_base
+        container.seek(0)
+        written = 0
+        for position, samples_SC in _samples(container, stream, begins):
+            # What lies before the first frame or was heard already, a gap, and what lies beyond the end.
+            samples_SC = samples_SC[max(0, written - position) :]
+            gap = min(max(0, position - written), num_samples - written)
+            samples_SC = samples_SC[: num_samples - written - gap]
+            target.seek(gap * sample_bytes, io.SEEK_CUR)  # a hole in a file reads as zeros
+            target.write(np.ascontiguousarray(samples_SC, "<f4").tobytes())
+            written += gap + len(samples_SC)
+            if written == num_samples:
+                break
+        target.truncate(end)
+
+
+def _samples(container: InputContainer, stream: AudioStream, begins: Fraction) -> Iterator[tuple[int, Samples]]:
+    """Yield a clip's sound in pieces (samples, channels), each with its place, in samples after `begins` seconds."""
+    keeper = Keeper(stream.channels)
+    for frame in chain(container.decode(stream), (None,)):
+        for time, samples_SC in keeper.taken(frame):
+            if time is not None:
+                yield round((time - begins) * KEPT_RATE), samples_SC
 
 
 def evenly_spaced(data: bytes, num: int) -> list[Picture]:

@@ -19,10 +19,14 @@ import msgspec
 from PIL import Image
 
 from ..core.errors import RequestError, ServiceError, StorageFailed
-from .clips import ClipFacts, probe_clip, write_frames
+from .clips import ClipFacts, probe_clip, write_frames, write_sound
 from .inputs import read_mask, read_picture
+from .sound import KEPT_CHANNELS, KEPT_RATE
 
 MAX_MESSAGE = 64 << 10
+
+
+OrderKind = Literal["picture", "mask", "probe", "clip", "sound"]
 
 
 class ClipForm(msgspec.Struct, frozen=True, kw_only=True):
@@ -37,15 +41,24 @@ class ClipForm(msgspec.Struct, frozen=True, kw_only=True):
     def size_bytes(self) -> int:
         return self.width * self.height * 3 * self.num_frames
 
+    @property
+    def seconds(self) -> float:
+        return self.num_frames / self.fps
+
+    @property
+    def sound_bytes(self) -> int:
+        return round(self.seconds * KEPT_RATE) * KEPT_CHANNELS * 4
+
 
 class Order(msgspec.Struct, frozen=True, kw_only=True):
     """One picture or clip to decode; with it come three descriptors: the source, the file to write, and for the answer.
 
-    A picture and a mask are written as PNG, a clip as `form` says (`clips.write_frames`), and for a probe nothing is.
-    `what` and `param` name it in errors. A mask must have the size `like`.
+    A picture and a mask are written as PNG, a clip as `form` says (`clips.write_frames`), its sound as long as `form`
+    is (`clips.write_sound`), and for a probe nothing is. `what` and `param` name it in errors. A mask must have the
+    size `like`.
     """
 
-    kind: Literal["picture", "mask", "probe", "clip"]
+    kind: OrderKind
     what: str
     param: str
     max_pixels: int
@@ -128,7 +141,9 @@ def _decode(order: Order, source: IO[bytes], target: IO[bytes]) -> Decoded | Cli
     if order.kind == "probe":
         return probe_clip(source, order.what, max_pixels=order.max_pixels, param=order.param)
     try:
-        return _decode_clip(order, source, target) if order.kind == "clip" else _decode_picture(order, source, target)
+        if order.kind in ("clip", "sound"):
+            return _decode_clip(order, source, target)
+        return _decode_picture(order, source, target)
     except MemoryError:
         raise RequestError(f"{order.what}: takes too much memory.", code="invalid_image") from None
     except OSError as error:
@@ -138,17 +153,20 @@ def _decode(order: Order, source: IO[bytes], target: IO[bytes]) -> Decoded | Cli
 def _decode_clip(order: Order, source: IO[bytes], target: IO[bytes]) -> Decoded:
     form = order.form
     assert form is not None
-    write_frames(
-        source,
-        order.what,
-        target,
-        width=form.width,
-        height=form.height,
-        fps=form.fps,
-        num_frames=form.num_frames,
-        max_pixels=order.max_pixels,
-        param=order.param,
-    )
+    if order.kind == "sound":
+        write_sound(source, order.what, target, seconds=form.seconds, param=order.param)
+    else:
+        write_frames(
+            source,
+            order.what,
+            target,
+            width=form.width,
+            height=form.height,
+            fps=form.fps,
+            num_frames=form.num_frames,
+            max_pixels=order.max_pixels,
+            param=order.param,
+        )
     target.flush()
     os.fsync(target.fileno())
     return Decoded(form.width, form.height)

@@ -9,13 +9,13 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO
 
 import msgspec
 
 from ..core.errors import EngineLost, RequestError, StorageFailed
 from .clips import ClipFacts
-from .decoder import MAX_MESSAGE, ClipForm, Decoded, Order, Outcome
+from .decoder import MAX_MESSAGE, ClipForm, Decoded, Order, OrderKind, Outcome
 
 log = logging.getLogger(__name__)
 
@@ -87,12 +87,33 @@ class DecoderPool:
         self, source: IO[bytes], target: Path, what: str, param: str, *, max_pixels: int, form: ClipForm
     ) -> None:
         """Write a clip's beginning to `target` as `GenerateRequest.video` has it. Raises as `picture`."""
-        order = self._order("clip", what, param)
+        await self._clip("clip", source, target, what, param, max_pixels, form, form.size_bytes)
+
+    async def sound(
+        self, source: IO[bytes], target: Path, what: str, param: str, *, max_pixels: int, form: ClipForm
+    ) -> None:
+        """Write the sound of a clip's beginning to `target` as `OutputSpec.continues_sound` has it.
+
+        Raises as `picture`.
+        """
+        await self._clip("sound", source, target, what, param, max_pixels, form, form.sound_bytes)
+
+    async def _clip(
+        self,
+        kind: OrderKind,
+        source: IO[bytes],
+        target: Path,
+        what: str,
+        param: str,
+        max_pixels: int,
+        form: ClipForm,
+        size_bytes: int,
+    ) -> None:
         order = msgspec.structs.replace(
-            order,
+            self._order(kind, what, param),
             max_pixels=max_pixels,
             form=form,
-            file_bytes=form.size_bytes + _MARGIN_BYTES,
+            file_bytes=size_bytes + _MARGIN_BYTES,
             cpu_s=CLIP_CPU_S,
             wall_s=CLIP_WALL_S,
         )
@@ -109,7 +130,7 @@ class DecoderPool:
             self._process.wait()
         self._process = self._control = None
 
-    def _order(self, kind: Literal["picture", "mask", "probe", "clip"], what: str, param: str) -> Order:
+    def _order(self, kind: OrderKind, what: str, param: str) -> Order:
         memory_bytes = _MARGIN_BYTES + _BYTES_PER_PIXEL * self._max_pixels
         return Order(
             kind=kind,

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from ..core.errors import GenerationFailed
 from ..core.messages import FrameBlock, SoundBlock
-from .clip_file import Sound
+from .sound import Sound
 
 # F frames, H/W height and width in pixels, C channels (3 RGB, 4 RGBA)
 Frames = npt.NDArray[np.uint8]

@@ -17,12 +17,13 @@ import numpy as np
 from ..core.errors import EngineLost, GenerationFailed
 from ..core.messages import FrameBlock, SoundBlock
 from ..core.request import OutputSpec
-from .clip_file import after_silence, encode_mp4
+from .clip_file import encode_mp4
 from .fit import fit
 from .frames import Frames, discard_frames, take_frames, take_sound
 from .image_file import FILE_TYPES, encode_image
 from .inputs import keep_outside
 from .provenance import Provenance
+from .sound import KEPT_RATE, Sound, continued
 from .stills import STILLS
 
 P = ParamSpec("P")
@@ -155,9 +156,9 @@ def _encode_clip(
     drawn = (fit(frame_HWC, output.width, output.height) for frame_HWC in frames_FHWC)
     frames = drawn if earlier_FHWC is None else chain(earlier_FHWC, drawn)
     heard = None if sound is None else take_sound(sound, frames_dir)
-    if heard is not None and earlier_FHWC is not None:
+    if earlier_FHWC is not None:
         # The first frame that was drawn is the last one of what comes before.
-        heard = after_silence(heard, (len(earlier_FHWC) - 1) / output.fps)
+        heard = continued(_earlier_sound(output), heard, (len(earlier_FHWC) - 1) / output.fps)
     data = encode_mp4(frames, output.width, output.height, output.fps, output.compression, provenance, heard)
     return EncodedClip(
         data=data,
@@ -167,3 +168,11 @@ def _encode_clip(
         num_frames=len(frames_FHWC) + (0 if earlier_FHWC is None else len(earlier_FHWC)),
         fps=output.fps,
     )
+
+
+def _earlier_sound(output: OutputSpec) -> Sound | None:
+    """The sound of the clip that the output continues; None where it has none."""
+    if output.continues_sound is None:
+        return None
+    samples_SC = np.load(output.continues_sound, mmap_mode="r", allow_pickle=False)
+    return Sound(samples_SC, KEPT_RATE) if len(samples_SC) else None

@@ -49,6 +49,11 @@ class Beginning:
         """The clip's frames, in the form of `GenerateRequest.video`."""
         return self.folder / "clip.npy"
 
+    @property
+    def sound(self) -> Path:
+        """The sound of a clip that goes on, in the form of `OutputSpec.continues_sound`."""
+        return self.folder / "sound.npy"
+
 
 def clip_task(card: ModelCard, start: Start | None, param: str, asked: str | None = None) -> Task:
     """Return the task by which the model makes a clip with this start (None: from the prompt alone).

@@ -172,14 +172,10 @@ class ClipSources:
                 code="video_too_long",
             )
         await asyncio.to_thread(input_folders.make, beginning.folder)
-        await self._decoders.clip(
-            found.file,
-            beginning.clip,
-            f"'{beginning.param}'",
-            beginning.param,
-            max_pixels=self._max_pixels,
-            form=form,
-        )
+        what, param, most = f"'{beginning.param}'", beginning.param, self._max_pixels
+        await self._decoders.clip(found.file, beginning.clip, what, param, max_pixels=most, form=form)
+        if beginning.start == "extend":
+            await self._decoders.sound(found.file, beginning.sound, what, param, max_pixels=most, form=form)
 
 
 def _present(body: Body, fields: Sequence[str]) -> list[str]:

@@ -236,6 +236,7 @@ class Resolver:
             compression=resolve_quality(values.text("output_quality"), values.int("output_compression"), "video"),
             fps=length.fps,
             continues=str(beginning.clip) if beginning is not None and start == "extend" else None,
+            continues_sound=str(beginning.sound) if beginning is not None and start == "extend" else None,
         )
         return ClipCall(
             drawing=Drawing(request=request, output=output),
