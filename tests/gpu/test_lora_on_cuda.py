@@ -1,4 +1,4 @@
-"""LoRAs on a GPU: restored bit for bit from pinned memory, and mixed in one pass as on the CPU."""
+"""LoRAs on a GPU: restored bit for bit wherever the weights live, and mixed in one pass as on the CPU."""
 
 import random
 
@@ -6,7 +6,8 @@ import msgspec
 import pytest
 import torch
 
-from photogram.core.messages import LorasReady
+from photogram.core.messages import LorasReady, LorasRefused
+from photogram.worker.lora.ferry import Ferry
 from worker.drawing import Studio, relative_error
 from worker.lora.test_mixing import MIXED_TOLERANCE, exactly, requests_with_loras
 from worker.lora.test_weights import digest, set_loras, uses_for
@@ -30,6 +31,61 @@ def test_twenty_switches_leave_every_bit_as_it_was(name, family_folder, tmp_path
         assert seen.setdefault(chosen, merged) == merged
     set_loras(studio)
     assert digest(studio) == before
+
+
+@pytest.mark.parametrize("flag", ["dit_cpu_offload", "dit_layerwise_offload"])
+def test_twenty_switches_leave_every_bit_of_an_offloaded_denoiser_as_it_was(flag, family_folder, tmp_path):
+    studios = [
+        Studio(family_folder("flux-1"), tmp_path, precision="bf16", **{name: True}) for name in (flag, "pin_cpu_memory")
+    ]
+    offloaded, resident = studios
+    uses = uses_for(offloaded, tmp_path)
+    before, chance = digest(offloaded), random.Random(7)
+    assert before == digest(resident)
+
+    def leave_by_chance() -> None:
+        for visitor in offloaded.served.visitors.all:
+            if chance.random() < 0.5:
+                visitor.leave()
+
+    for turn in range(20):
+        chosen = tuple(
+            msgspec.structs.replace(use, strength=chance.choice((-0.6, 0.3, 1.0, 1.5)))
+            for use in chance.sample(uses, chance.randint(1, 3))
+        )
+        for studio in studios:
+            assert isinstance(set_loras(studio, *chosen), LorasReady)
+        leave_by_chance()
+        assert digest(offloaded) == digest(resident)
+        if turn % 5 == 4:
+            leave_by_chance()
+            refused = set_loras(offloaded, msgspec.structs.replace(uses[0], strength=3e38))
+            assert isinstance(refused, LorasRefused)
+            assert digest(offloaded) == digest(resident), "a set that failed changed the weights"
+        leave_by_chance()
+    for visitor in offloaded.served.visitors.all:
+        visitor.leave()
+    set_loras(offloaded)
+    assert digest(offloaded) == before
+
+
+@torch.inference_mode()
+def test_weights_are_carried_both_ways_at_once_and_few_of_them_need_room_on_the_device():
+    device, count, side = torch.device("cuda"), 48, 2048
+    sources = [torch.full((side, side), float(i), dtype=torch.bfloat16).pin_memory() for i in range(count)]
+    weights = [torch.empty_like(source).pin_memory() for source in sources]
+    weights[5] = torch.empty_like(sources[5], device=device)
+    ferry = Ferry(device)
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    for name, base in ferry.bring((str(i), source) for i, source in enumerate(sources)):
+        ferry.take(base if int(name) % 3 == 0 else base * 2, weights[int(name)])
+    ferry.finish()
+    for i, weight in enumerate(weights):
+        assert (weight == (i if i % 3 == 0 else 2 * i)).all()
+    assert torch.cuda.max_memory_allocated() - before < 16 * sources[0].nbytes
 
 
 @pytest.mark.parametrize("name", ["flux-1", "wan-2.1", "qwen-image", "z-image"])

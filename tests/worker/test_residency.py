@@ -40,8 +40,7 @@ def test_a_visitor_computes_the_same_and_is_gone_between_its_calls():
     network, x = Network().eval(), torch.randn(5, 8)
     expected = network(x)
     visitors = Visitors()
-    visitor = Visitor("text_encoder", network, CPU, pin=True, stays=False)
-    visitors.add(visitor)
+    visitor = visitors.add("text_encoder", network, CPU, pin=True, stays=False)
     call = visitors.calls_of(visitor, network.forward)
     assert is_away(network)
     for _ in range(2):
@@ -62,8 +61,7 @@ def test_a_parked_weight_cannot_be_used_by_mistake():
 def test_a_visitor_that_fails_leaves_too():
     network = Network().eval()
     visitors = Visitors()
-    visitor = Visitor("vae", network, CPU, pin=False, stays=False)
-    visitors.add(visitor)
+    visitor = visitors.add("vae", network, CPU, pin=False, stays=False)
     with pytest.raises(RuntimeError):
         visitors.calls_of(visitor, network.forward)(torch.randn(5, 3))
     assert is_away(network)
@@ -74,16 +72,65 @@ def test_a_denoiser_stays_until_another_visitor_needs_the_room():
     denoiser, encoder, x = Network().eval(), Network().eval(), torch.randn(5, 8)
     expected = denoiser(x)
     visitors = Visitors()
-    staying = Visitor("transformer", denoiser, CPU, pin=False, stays=True)
-    passing = Visitor("text_encoder", encoder, CPU, pin=False, stays=False)
-    for visitor in (staying, passing):
-        visitors.add(visitor)
+    staying = visitors.add("transformer", denoiser, CPU, pin=False, stays=True)
+    passing = visitors.add("text_encoder", encoder, CPU, pin=False, stays=False)
     denoise, encode = visitors.calls_of(staying, denoiser.forward), visitors.calls_of(passing, encoder.forward)
     denoise(x)
     assert not is_away(denoiser)
     encode(x)
     assert is_away(denoiser)
     torch.testing.assert_close(denoise(x), expected, rtol=0, atol=0)
+
+
+@torch.inference_mode()
+def test_what_is_changed_on_arrival_is_gone_with_the_visitor():
+    network, x = Network().eval(), torch.randn(5, 8)
+    expected, weight = network(x), network.first.weight.clone()
+    visitor = Visitors().add("transformer", network, CPU, pin=False, stays=True)
+    visitor.on_arrival = lambda: network.first.weight.data.fill_(3.0)
+    for _ in range(2):
+        with visitor.present():
+            assert (network.first.weight == 3.0).all()
+            torch.testing.assert_close(visitor.base(network.first.weight), weight, rtol=0, atol=0)
+        visitor.leave()
+        assert is_away(network)
+    visitor.on_arrival = None
+    with visitor.present():
+        torch.testing.assert_close(network(x), expected, rtol=0, atol=0)
+
+
+@torch.inference_mode()
+def test_a_visitor_that_could_not_arrive_is_away_and_comes_when_it_can():
+    denoiser, encoder = Network().eval(), Network().eval()
+    visitors = Visitors()
+    staying = visitors.add("transformer", denoiser, CPU, pin=False, stays=True)
+    passing = visitors.add("text_encoder", encoder, CPU, pin=False, stays=False)
+
+    def fail() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    staying.on_arrival = fail
+    denoise = visitors.calls_of(staying, denoiser.forward)
+    with pytest.raises(torch.OutOfMemoryError):
+        denoise(torch.randn(5, 8))
+    assert is_away(denoiser)
+    staying.on_arrival = None
+    denoise(torch.randn(5, 8))
+    with passing.present():
+        assert is_away(denoiser), "one that failed to arrive counted as in use for ever"
+
+
+@torch.inference_mode()
+def test_no_visitor_leaves_while_its_call_runs():
+    denoiser, encoder = Network().eval(), Network().eval()
+    visitors = Visitors()
+    staying = visitors.add("transformer", denoiser, CPU, pin=False, stays=True)
+    passing = visitors.add("text_encoder", encoder, CPU, pin=False, stays=False)
+    with staying.present():
+        with passing.present():
+            assert not is_away(denoiser)
+        staying.leave()
+        assert not is_away(denoiser)
 
 
 @pytest.mark.parametrize("num_blocks", [1, 2, 3, 4])

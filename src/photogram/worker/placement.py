@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline
 from ..core.config import Placement
 from ..models.sizes import kind_of
 from .modules import BigModule
-from .residency import Layerwise, Visitor, Visitors
+from .residency import Layerwise, Visitors
 
 logger = logging.getLogger(__name__)
 
@@ -58,15 +58,14 @@ def offload_to(
             _move_all_but(blocks, module.module, device)
             layers = Layerwise(blocks, device, pin=pin)
             if module.loras is not None:
-                module.loras.weights.home = layers
+                module.loras.weights.wait_in(layers)
             _let_its_device_be(module.module, device)
             logger.info("%s: %d blocks come in one by one, two slots of %.2f GB", name, len(blocks),
                         layers.slot_bytes / 1e9)  # fmt: skip
             continue
-        visitor = Visitor(name, module.module, device, pin=pin, stays=module.is_denoiser)
-        visitors.add(visitor)
+        visitor = visitors.add(name, module.module, device, pin=pin, stays=module.is_denoiser)
         if module.loras is not None:
-            module.loras.weights.home = visitor
+            module.loras.weights.come_and_go(visitor)
         for method, real in module.real.items():
             module.real[method] = visitors.calls_of(visitor, real)
         _let_its_device_be(module.module, device)

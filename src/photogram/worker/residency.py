@@ -2,71 +2,40 @@
 
 Knows tensors and copies; what is offloaded is the settings' affair (`placement.py`). A component's weights lie one
 after the other in one piece of host memory, pinned where that can be had, so that bringing them in is one copy at the
-bus's own speed, and taking them out is none but for what was changed on the device meanwhile (by merging a LoRA).
+bus's own speed, and taking them out is none: what is changed on the device is changed in the copy alone.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 
-logger = logging.getLogger(__name__)
-
-_ALIGNMENT = 256  # bytes; what vectorised kernels want of a tensor's address
-
-
-@dataclass(frozen=True, slots=True)
-class _Piece:
-    """One tensor of a component and its place in the flat memory."""
-
-    tensor: torch.Tensor
-    offset: int
-    num_bytes: int
-    shape: torch.Size
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-
-    def of(self, flat: torch.Tensor) -> torch.Tensor:
-        """Return this tensor as a view of a flat copy."""
-        piece = flat[self.offset : self.offset + self.num_bytes].view(self.dtype)
-        return piece.as_strided(self.shape, self.stride, piece.storage_offset())
+from .host_memory import HostMemory, Place, lay_out
 
 
 class HostWeights:
     """The tensors of some modules in host memory.
 
-    While they are away, each tensor's data is its host copy (so that merging a LoRA changes what is brought in next)
-    or, where host and device are one, nothing at all: whoever touches a parked weight is told so by its shape.
+    While they are away, each tensor's data is its host copy or, where host and device are one, nothing at all:
+    whoever touches a parked weight is told so by its shape.
     """
 
     def __init__(self, modules: Sequence[torch.nn.Module], device: torch.device, *, pin: bool) -> None:
         """Move the weights out. `pin` asks for pinned memory, which is given up with a warning when refused."""
         self._device = device
-        self._pieces: list[_Piece] = []
-        seen: set[int] = set()
-        end = 0
-        for module in modules:
-            for tensor in (*module.parameters(), *module.buffers()):
-                if id(tensor) in seen or tensor.numel() == 0:
-                    continue
-                seen.add(id(tensor))
-                data = tensor.data
-                stride = data.stride() if _is_dense(data) else torch.empty(data.shape, device="meta").stride()
-                num_bytes = data.numel() * data.element_size()
-                self._pieces.append(_Piece(tensor, end, num_bytes, data.shape, stride, data.dtype))
-                end += -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
-        self.num_bytes = end
-        self._host = torch.empty(end, dtype=torch.uint8)
-        for piece in self._pieces:
-            piece.of(self._host).copy_(piece.tensor.data)
-        self.is_pinned = pin and device.type == "cuda" and _pin(self._host)
+        found = (tensor for module in modules for tensor in (*module.parameters(), *module.buffers()))
+        tensors = list({id(tensor): tensor for tensor in found if tensor.numel()}.values())
+        places, self.num_bytes = lay_out(tensor.data for tensor in tensors)
+        self._places: dict[torch.Tensor, Place] = dict(zip(tensors, places, strict=True))  # by identity
+        memory = HostMemory(self.num_bytes)
+        self._host = memory.flat
+        for tensor, place in self._places.items():
+            place.of(self._host).copy_(tensor.data)
+        self.is_pinned = pin and device.type == "cuda" and memory.pin()
         self.is_present = False
-        self._changed: set[int] = set()  # ids of tensors whose copy on the device is newer than the host's
         self.leave()
 
     def copy_to(self, flat: torch.Tensor) -> None:
@@ -75,30 +44,24 @@ class HostWeights:
 
     def arrive(self, flat: torch.Tensor) -> None:
         """Let every tensor be its copy in `flat`."""
-        for piece in self._pieces:
-            piece.tensor.data = piece.of(flat)
+        for tensor, place in self._places.items():
+            tensor.data = place.of(flat)
         self.is_present = True
 
     def leave(self) -> None:
         """Let every tensor be in host memory again; the device's copy is free once nothing uses it."""
         is_same = self._device.type == "cpu"
-        for piece in self._pieces:
-            if id(piece.tensor) in self._changed:
-                piece.of(self._host).copy_(piece.tensor.data)
-            piece.tensor.data = torch.empty(0, dtype=piece.dtype) if is_same else piece.of(self._host)
-        self._changed.clear()
+        for tensor, place in self._places.items():
+            tensor.data = torch.empty(0, dtype=place.dtype) if is_same else place.of(self._host)
         self.is_present = False
 
-    @contextmanager
-    def changing(self, parameters: Iterable[torch.Tensor]) -> Iterator[None]:
-        """Let these be read and written inside, wherever they are; the change outlasts the next coming and going.
+    def in_host_memory(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the host's copy of one of the tensors, wherever that is now."""
+        return self._places[tensor].of(self._host)
 
-        What is on the device is changed there, and goes to host memory when it leaves.
-        """
-        if self.is_present:
-            self._changed.update(map(id, parameters))
-            yield
-            return
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """Let the weights, which must be away, be read and written inside where they wait."""
         self.arrive(self._host)
         try:
             yield
@@ -110,35 +73,58 @@ class Visitor:
     """A component that is on the device for its calls only.
 
     One that `stays` waits there until a visitor that needs the room arrives: a denoiser is called many times in a
-    row. The others leave after every call.
+    row. The others leave after every call. `on_arrival` is run when the weights have come as they wait in host memory,
+    and may change them where they are then; what it raises sends them back.
     """
 
-    def __init__(self, name: str, module: torch.nn.Module, device: torch.device, *, pin: bool, stays: bool) -> None:
+    def __init__(
+        self, visitors: Visitors, name: str, module: torch.nn.Module, device: torch.device, *, pin: bool, stays: bool
+    ) -> None:
         self.name = name
         self.stays = stays
-        self._device = device
         self.weights = HostWeights([module], device, pin=pin)
+        self.on_arrival: Callable[[], None] | None = None
+        self._visitors = visitors
+        self._device = device
         self._depth = 0
 
-    def enter(self) -> None:
+    @property
+    def is_present(self) -> bool:
+        return self.weights.is_present
+
+    @contextmanager
+    def present(self) -> Iterator[None]:
+        """Have the component on the device inside, and others gone that are not in use."""
+        self._visitors.make_room_for(self)
+        if not self.is_present:
+            self._arrive()
         self._depth += 1
-        if not self.weights.is_present:
-            flat = torch.empty(self.weights.num_bytes, dtype=torch.uint8, device=self._device)
-            self.weights.copy_to(flat)
-            self.weights.arrive(flat)
+        try:
+            yield
+        finally:
+            self._depth -= 1
+            if not self.stays:
+                self.leave()
 
-    def exit(self) -> None:
-        self._depth -= 1
-        if self._depth == 0 and not self.stays:
+    def base(self, parameter: torch.Tensor) -> torch.Tensor:
+        """Return what a parameter is before `on_arrival` changed it, in host memory."""
+        return self.weights.in_host_memory(parameter)
+
+    def leave(self) -> None:
+        """Go, and let go of what was changed on the device; not while in use."""
+        if self._depth == 0 and self.is_present:
             self.weights.leave()
 
-    def changing(self, parameters: Iterable[torch.Tensor]) -> AbstractContextManager[None]:
-        """Let these parameters of the component be changed inside; not to be entered during a call."""
-        return self.weights.changing(parameters)
-
-    def make_room(self) -> None:
-        if self._depth == 0 and self.weights.is_present:
-            self.weights.leave()
+    def _arrive(self) -> None:
+        flat = torch.empty(self.weights.num_bytes, dtype=torch.uint8, device=self._device)
+        self.weights.copy_to(flat)
+        self.weights.arrive(flat)
+        if self.on_arrival is not None:
+            try:
+                self.on_arrival()
+            except BaseException:
+                self.weights.leave()
+                raise
 
 
 class Visitors:
@@ -147,26 +133,28 @@ class Visitors:
     def __init__(self) -> None:
         self.all: list[Visitor] = []
 
-    def add(self, visitor: Visitor) -> None:
+    def add(self, name: str, module: torch.nn.Module, device: torch.device, *, pin: bool, stays: bool) -> Visitor:
+        """Move a component out and let it come for its calls."""
+        visitor = Visitor(self, name, module, device, pin=pin, stays=stays)
         self.all.append(visitor)
+        return visitor
 
     @property
     def largest_bytes(self) -> int:
         """Return the device memory that must be left for them."""
         return max((visitor.weights.num_bytes for visitor in self.all), default=0)
 
+    def make_room_for(self, visitor: Visitor) -> None:
+        for other in self.all:
+            if other is not visitor:
+                other.leave()
+
     def calls_of(self, visitor: Visitor, real: Callable[..., Any]) -> Callable[..., Any]:
         """Return `real` with the visitor's weights brought in around it."""
 
         def present(*args: Any, **kwargs: Any) -> Any:
-            for other in self.all:
-                if other is not visitor:
-                    other.make_room()
-            visitor.enter()
-            try:
+            with visitor.present():
                 return real(*args, **kwargs)
-            finally:
-                visitor.exit()
 
         return present
 
@@ -189,18 +177,17 @@ class Layerwise:
             block.register_forward_hook(self._after(index), always_call=True)
 
     @contextmanager
-    def changing(self, parameters: Iterable[torch.Tensor]) -> Iterator[None]:
-        """Let these parameters of the denoiser be changed inside; not to be entered during a call.
+    def changing(self) -> Iterator[None]:
+        """Let the denoiser's weights be changed inside, the blocks' in host memory; not to be entered during a call.
 
         What was fetched ahead is fetched again: it may be of before the change.
         """
         if self._copying is not None:
             self._copying.synchronize()
         self._held = [None, None]
-        touched = list(parameters)
         with ExitStack() as stack:
             for weights in self._weights:
-                stack.enter_context(weights.changing(touched))
+                stack.enter_context(weights.changing())
             yield
 
     @property
@@ -246,18 +233,3 @@ class Layerwise:
             event = torch.cuda.Event()
             event.record(self._copying)
             self._copied[slot] = event
-
-
-def _is_dense(tensor: torch.Tensor) -> bool:
-    """Say whether a tensor's elements fill its memory without gaps or overlaps, in whatever order (channels last)."""
-    return bool(torch.ops.aten.is_non_overlapping_and_dense(tensor))
-
-
-def _pin(memory: torch.Tensor) -> bool:
-    """Make host memory pinned where it lies: torch's own pinned allocator would round it up to a power of two."""
-    code = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 0)
-    if int(code) != 0:
-        logger.warning("%.1f GB of host memory could not be pinned (code %d); copies will be slower",
-                       memory.numel() / 1e9, int(code))  # fmt: skip
-        return False
-    return True

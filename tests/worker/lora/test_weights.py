@@ -2,6 +2,7 @@
 
 import hashlib
 import random
+from contextlib import nullcontext
 
 import msgspec
 import pytest
@@ -17,12 +18,13 @@ from .formats import EXAMPLES
 
 
 def digest(studio: Studio) -> str:
-    """A hash of every parameter and buffer of every network."""
+    """A hash of every parameter and buffer of every network, as its calls see them."""
     total = hashlib.sha256()
     for name, module in sorted(studio.served.modules.items()):
-        for key, tensor in sorted(module.module.state_dict().items()):
-            total.update(f"{name}.{key}".encode())
-            total.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        with nullcontext() if module.loras is None else module.loras.weights.changing():
+            for key, tensor in sorted(module.module.state_dict().items()):
+                total.update(f"{name}.{key}".encode())
+                total.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return total.hexdigest()
 
 
