@@ -5,8 +5,9 @@ the folder; what it has been told of LoRAs it writes there, a line each, into ``
 
 A job is begun at once: its `Progress` has the replica as its step. It is finished at once as well, one pixel that is
 the replica, unless its prompt has ``hold`` (until it is cancelled) or ``hold on REPLICA`` (there). A LoRA named
-``refused by REPLICA`` is refused there. Where there is a file ``unservable-REPLICA`` the model cannot be served, and
-where there is one ``dying-REPLICA`` every start ends with the process.
+``refused by REPLICA`` is refused there; every other set counts as a switch. Where there is a file
+``unservable-REPLICA`` the model cannot be served, and where there is one ``dying-REPLICA`` every start ends with the
+process.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from photogram.core.lora import LoraState
 from photogram.core.messages import (
     Began,
     Cancel,
+    DeviceMemory,
     Failed,
     Finished,
     FrameBlock,
@@ -37,6 +39,7 @@ from photogram.core.messages import (
     Shutdown,
     Submit,
     ToHost,
+    Vitals,
 )
 from photogram.core.request import GenerateRequest
 from photogram.core.wire import HEADER_BYTES, body_length, pack, to_worker
@@ -50,6 +53,7 @@ class Replica:
         self._connection = connection
         self._replica = 0
         self._frames = folder
+        self._num_sets = 0
 
     def send(self, message: ToHost) -> None:
         self._connection.sendall(pack(message))
@@ -76,6 +80,8 @@ class Replica:
                     self.send(LorasRefused(message.request_id, "invalid_lora", "It does not fit.", "lora_path"))
                 else:
                     self.send(LorasReady(message.request_id, LoraState()))
+                    self._num_sets += isinstance(message, SetLoras)
+                    self.send(Vitals(self._num_sets, DeviceMemory(1, 2, 3)))
             case Shutdown():
                 sys.exit(0)
 

@@ -11,7 +11,7 @@ import pytest
 
 from photogram.core.config import ServeConfig
 from photogram.core.errors import ConfigError, EngineLost, RequestError
-from photogram.core.messages import Failed, Finished, JobEvent, Progress
+from photogram.core.messages import DeviceMemory, Failed, Finished, JobEvent, Progress
 from photogram.core.request import GenerateRequest, LoraUse
 from photogram.engine.replicas import Replicas
 
@@ -208,5 +208,25 @@ def test_loras_are_set_on_all_replicas_or_on_none(crew):
         await crew.until(lambda: crew.engine.status.num_restarts == 1 and crew.all_ready())
         await crew.engine.prepare_loras()
         assert crew.heard_of_loras(1)[2:] == ["SetLoras good", "PrepareLoras "]
+
+    crew(story)
+
+
+def test_what_each_replica_does_is_counted_and_outlives_it(crew):
+    async def story(crew: Crew) -> None:
+        first, second = crew.engine.figures
+        assert first.memory is None
+        for name in ("a", "b", "c"):
+            crew.submit(name, "hold")
+            await crew.replica_of(name)
+        assert (first.passes["transformer", 1], second.passes["transformer", 1]) == (2, 1)
+        await crew.engine.set_loras((LoraUse(nickname="pastel", path="/pastel"),))
+        await crew.until(lambda: (first.num_lora_switches, second.num_lora_switches) == (1, 1))
+        assert first.memory == DeviceMemory(allocated_bytes=1, reserved_bytes=2, total_bytes=3)
+        os.kill(crew.engine.worker_pids[0], signal.SIGKILL)
+        # The one that takes its place is given the set again.
+        await crew.until(lambda: first.num_lora_switches == 2)
+        assert crew.engine.figures == (first, second)
+        assert (first.passes["transformer", 1], second.num_lora_switches) == (2, 1)
 
     crew(story)

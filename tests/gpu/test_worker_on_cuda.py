@@ -8,6 +8,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from photogram.core.config import ServeConfig
+from photogram.core.messages import Vitals
 from photogram.worker.loading import load
 from photogram.worker.worker import Worker
 from worker.drawing import Studio, draw_alone, relative_error
@@ -105,3 +106,12 @@ def test_device_time_is_reported_though_passes_are_launched_ahead(family_folder,
             pass
     estimates = [message.eta_s for message in messages if type(message).__name__ == "Progress"]
     assert estimates[-1] is not None
+
+
+def test_the_host_is_told_of_the_memory_of_the_device(family_folder, tmp_path):
+    studio = Studio(family_folder("flux-2-klein"), tmp_path)
+    studio.draw(requests_of("flux-2-klein"))
+    [*_, last] = [message.memory for message in studio.messages if isinstance(message, Vitals)]
+    weights = sum(parameter.nbytes for parameter in studio.served.modules["transformer"].module.parameters())
+    assert weights < last.allocated_bytes <= last.reserved_bytes < last.total_bytes
+    assert last.total_bytes == torch.cuda.mem_get_info()[1]

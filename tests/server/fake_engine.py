@@ -26,6 +26,7 @@ from photogram.core.lora import LoadedLora, LoraState
 from photogram.core.messages import Failed, Finished, FrameBlock, Preview, Progress
 from photogram.core.request import GenerateRequest, LoraUse
 from photogram.engine import EngineState, EngineStatus, Listener
+from photogram.engine.figures import WorkerFigures
 
 
 def image_card(**changes) -> ModelCard:
@@ -114,6 +115,7 @@ class FakeEngine:
         self.loaded: dict[str, LoadedLora] = {}
         self.lora_calls: list[tuple[str, tuple[LoraUse, ...]]] = []
         self.lora_pause_s = 0.0
+        self.figures = (WorkerFigures(),)
         self.max_running: int | None = None  # the others wait, as in a worker
         self._jobs: dict[str, asyncio.Task[None]] = {}
         self._ready = asyncio.Event()

@@ -173,6 +173,7 @@ class ServeConfig:
     api_key: tuple[str, ...] = setting((), "key that clients must send; may be repeated")
     api_key_file: str | None = setting(None, "file with one key a line")
     admin_api_key: str | None = setting(None, "key for administrative routes")
+    open_metrics: bool = setting(False, "answer /metrics without a key, where keys are configured")
     # --- other servers
     fetch_urls: bool = setting(True, "fetch input pictures from http(s) URLs that clients name")
     allow_url_host: tuple[str, ...] = setting(

@@ -166,6 +166,22 @@ class LorasRefused(msgspec.Struct, frozen=True, tag="loras_refused"):
     param: str | None = None
 
 
+class DeviceMemory(msgspec.Struct, frozen=True):
+    """Bytes of a GPU's memory: `allocated` to tensors, `reserved` by the allocator for these and the next ones."""
+
+    allocated_bytes: int
+    reserved_bytes: int
+    total_bytes: int
+
+
+class Vitals(msgspec.Struct, frozen=True, tag="vitals"):
+    """How the worker is, told now and then. `num_lora_switches` counts from its start; `memory` is that of its own
+    device, None on a CPU."""
+
+    num_lora_switches: int
+    memory: DeviceMemory | None
+
+
 class Fatal(msgspec.Struct, frozen=True, tag="fatal"):
     """The device is lost (a sticky error): the worker must be replaced now."""
 
@@ -173,7 +189,18 @@ class Fatal(msgspec.Struct, frozen=True, tag="fatal"):
 
 
 ToHost = (
-    Loading | Ready | LoadFailed | Began | Progress | Preview | Finished | Failed | LorasReady | LorasRefused | Fatal
+    Loading
+    | Ready
+    | LoadFailed
+    | Began
+    | Progress
+    | Preview
+    | Finished
+    | Failed
+    | LorasReady
+    | LorasRefused
+    | Vitals
+    | Fatal
 )
 JobEvent = Progress | Preview | Finished | Failed
 """What the engine tells of one job; `Finished` or `Failed` is the last."""

@@ -5,7 +5,7 @@ Knows processes, sockets and deadlines; knows nothing of HTTP, of the job store 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -13,6 +13,7 @@ from ..core.card import ModelCard
 from ..core.lora import LoraState
 from ..core.messages import JobEvent
 from ..core.request import GenerateRequest, LoraUse
+from .figures import WorkerFigures
 
 EngineState = Literal["starting", "loading", "ready", "restarting", "failed", "stopped"]
 
@@ -38,6 +39,10 @@ class Engine(Protocol):
 
     @property
     def status(self) -> EngineStatus: ...
+
+    @property
+    def figures(self) -> Sequence[WorkerFigures]:
+        """What the workers have done since the start, one entry for each that runs beside the others."""
 
     async def start(self) -> None:
         """Start the worker and return at once; `status` tells when it is ready."""

@@ -19,6 +19,7 @@ from ..core.lora import LoraState
 from ..core.messages import Failed, Finished, JobEvent
 from ..core.request import GenerateRequest, LoraUse
 from . import EngineState, EngineStatus, Listener
+from .figures import WorkerFigures
 from .worker_engine import HeldJob, WorkerEngine
 from .worker_process import WORKER_COMMAND
 
@@ -76,6 +77,10 @@ class Replicas:
         return EngineStatus(
             state=best.state, detail=detail, num_restarts=sum(status.num_restarts for status in statuses)
         )
+
+    @property
+    def figures(self) -> tuple[WorkerFigures, ...]:
+        return tuple(figures for engine in self._engines for figures in engine.figures)
 
     @property
     def worker_pids(self) -> tuple[int | None, ...]:

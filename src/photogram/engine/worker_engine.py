@@ -37,9 +37,11 @@ from ..core.messages import (
     Shutdown,
     Submit,
     ToHost,
+    Vitals,
 )
 from ..core.request import GenerateRequest, LoraUse
 from . import EngineStatus, Listener
+from .figures import WorkerFigures
 from .worker_process import WORKER_COMMAND, WorkerProcess
 
 logger = logging.getLogger(__name__)
@@ -96,6 +98,7 @@ class WorkerEngine:
         self._frames_dir = frames_dir
         self._command = worker_command
         self._card: ModelCard | None = None
+        self._figures = WorkerFigures()
         self._status = EngineStatus(state="starting", detail="The worker is starting.")
         self._jobs: dict[str, HeldJob] = {}
         self._running: frozenset[str] = frozenset()  # jobs of the pass in progress
@@ -121,6 +124,10 @@ class WorkerEngine:
     @property
     def status(self) -> EngineStatus:
         return self._status
+
+    @property
+    def figures(self) -> tuple[WorkerFigures]:
+        return (self._figures,)
 
     @property
     def worker_pid(self) -> int | None:
@@ -277,6 +284,7 @@ class WorkerEngine:
             if self._worker is not None:
                 self._worker.kill()
             self._worker = None
+            self._figures.ended()
         was_ready = self._ready.is_set()
         self._ready.clear()
         return code, was_ready, self._reason
@@ -306,7 +314,10 @@ class WorkerEngine:
                 self._give_up(text)
             case Fatal(message=text):
                 self._reason = f"the device is lost: {text}"
+            case Vitals():
+                self._figures.told(message)
             case Began(job_ids=job_ids, expected_s=expected_s):
+                self._figures.began(message)
                 self._running = frozenset(job_ids)
                 if expected_s is not None:
                     explained_s = max(SHORTEST_PATIENCE_S, PATIENCE_FACTOR * expected_s)

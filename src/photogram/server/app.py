@@ -14,22 +14,25 @@ from ..engine import Engine
 from ..jobs.store import JobStore
 from ..media.pool import MediaPool
 from ..storage import Storage
-from .auth import Keys
+from .auth import OPEN_PATHS, Keys
 from .border import Border
 from .clip_sources import ClipSources
 from .inputs import Intake
 from .loras import Loras
+from .metrics import Metrics
 from .openapi import describe_api
 from .problems import on_error
 from .resolve import Resolver
 from .routes.files import file_routes
 from .routes.images import image_routes
 from .routes.loras import lora_routes
+from .routes.metrics import METRICS_PATH, metrics_routes
 from .routes.models import model_routes
 from .routes.page import page_routes
 from .routes.probes import probe_routes
 from .routes.videos import video_routes
 from .service import Service
+from .tallies import RequestTally
 from .uploads import Uploads
 
 
@@ -48,18 +51,21 @@ def create_app(
 ) -> Starlette:
     """Return the application over what it needs; building it starts nothing."""
     resolver = Resolver(config=config)
+    tally = RequestTally()
     routes = [
         *page_routes(config, describe_api),
         *probe_routes(engine, lambda: service.is_draining),
+        *metrics_routes(config, Metrics(engine, service, tally), keys),
         *model_routes(engine, loras, config.model_path, int(time.time()), lambda: service.num_jobs),
         *file_routes(config, uploads),
         *image_routes(config, service, loras, store, storage, resolver, intake),
         *video_routes(config, service, loras, store, storage, media, resolver, clip_sources),
         *lora_routes(service, loras, keys),
     ]
+    open_paths = OPEN_PATHS | {METRICS_PATH} if config.open_metrics else OPEN_PATHS
     app = Starlette(
         routes=routes,
-        middleware=[Middleware(Border, keys=keys)],
+        middleware=[Middleware(Border, keys=keys, open_paths=open_paths, tally=tally)],
         exception_handlers={HTTPException: on_error, ServiceError: on_error},
     )
     app.router.redirect_slashes = False

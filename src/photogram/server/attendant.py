@@ -27,6 +27,7 @@ from ..media.image_file import FILE_TYPES
 from ..media.provenance import Provenance, describe
 from ..storage import Storage, file_key
 from .live import LiveJob, Partial, job_error, made
+from .tallies import JobTally
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +68,14 @@ class Attendant:
     """Attends to jobs; one `attend` for each."""
 
     def __init__(
-        self, config: ServeConfig, engine: Engine, store: JobStore, storage: Storage, media: Media, inputs: InputFolders
+        self,
+        config: ServeConfig,
+        engine: Engine,
+        store: JobStore,
+        storage: Storage,
+        media: Media,
+        inputs: InputFolders,
+        tally: JobTally,
     ) -> None:
         self._config = config
         self._engine = engine
@@ -75,6 +83,7 @@ class Attendant:
         self._storage = storage
         self._media = media
         self._inputs = inputs
+        self._tally = tally
         self._hurried = asyncio.Event()
 
     def hurry(self) -> None:
@@ -139,6 +148,8 @@ class Attendant:
                 while True:
                     match await job.next_event():
                         case Progress() as progress:
+                            job.stages.enter(progress.phase, time.monotonic())
+                            self._tally.progressed(job, progress)
                             if job.record.state == "queued":
                                 await self._begin(job)
                                 if left_s is None:
@@ -178,6 +189,7 @@ class Attendant:
     async def _keep(self, job: LiveJob, finished: Finished, card: ModelCard) -> None:
         """Encode and store the result, and complete the row."""
         request, output = job.record.request, job.record.output
+        job.stages.enter("file", time.monotonic())
         suffix, content_type = _file_type(output)
         key = file_key(job.job_id, suffix)
         try:

@@ -9,13 +9,16 @@ import logging
 import re
 import secrets
 import time
+from collections.abc import Set
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
+from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .auth import OPEN_PATHS, Keys
+from .auth import Keys
 from .problems import answer, translate
+from .tallies import NO_ROUTE, RequestTally
 
 log = logging.getLogger(__name__)
 
@@ -32,11 +35,16 @@ def owner_of(request: Request) -> str:
 
 
 class Border:
-    """Gives every request an id and an owner, and every failure an answer in our shape."""
+    """Gives every request an id and an owner, every failure an answer in our shape, and counts them all.
 
-    def __init__(self, app: ASGIApp, keys: Keys) -> None:
+    `open_paths` are answered without a key.
+    """
+
+    def __init__(self, app: ASGIApp, keys: Keys, open_paths: Set[str], tally: RequestTally) -> None:
         self._app = app
         self._keys = keys
+        self._open_paths = open_paths
+        self._tally = tally
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -45,12 +53,12 @@ class Border:
         began = time.perf_counter()
         headers = Headers(scope=scope)
         request_id = _request_id(headers)
-        started = False
+        status: int | None = None
 
         async def send_marked(message: Message) -> None:
-            nonlocal started
+            nonlocal status
             if message["type"] == "http.response.start":
-                started = True
+                status = message["status"]
                 marked = MutableHeaders(raw=message["headers"])
                 marked["x-request-id"] = request_id
                 marked["openai-version"] = OPENAI_VERSION
@@ -60,16 +68,28 @@ class Border:
         # A redirect would turn some clients' POST into a GET, so a trailing slash is simply not seen.
         path = scope["path"].rstrip("/") or "/"
         scope = {**scope, "path": path, "request_id": request_id}
+        self._tally.began()
         try:
-            if path not in OPEN_PATHS:
+            if path not in self._open_paths:
                 scope[_OWNER] = self._keys.owner(headers)
             await self._app(scope, receive, send_marked)
         except Exception as error:
             problem = translate(error, Request(scope))
-            if started:
+            if status is not None:
                 # The client sees a body that breaks off; the log has the reason.
                 raise
             await answer(problem)(scope, receive, send_marked)
+        finally:
+            self._tally.ended(_pattern_of(scope), scope["method"], status, time.perf_counter() - began)
+
+
+def _pattern_of(scope: Scope) -> str:
+    """Return the pattern of the route that a request was answered by, without what the client put into it."""
+    route = scope.get("route")
+    # Starlette names a route for 405, too.
+    if isinstance(route, Route) and route.methods is not None and scope["method"] in route.methods:
+        return route.path_format
+    return NO_ROUTE
 
 
 def _request_id(headers: Headers) -> str:

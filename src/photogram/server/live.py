@@ -15,6 +15,7 @@ import msgspec
 
 from ..core.errors import JOB_ERRORS, GenerationFailed, ServiceError
 from ..core.messages import Failed, Finished, JobEvent, Progress
+from ..core.stage_clock import StageClock
 from ..jobs.record import JobRecord
 
 
@@ -89,6 +90,8 @@ class LiveJob:
         self.record = record
         self.began = began
         self.progress: Progress | None = None
+        self.stages = StageClock()  # the worker's phases, what comes before them, and the making of the file
+        self.stages.enter("queued", began)
         self.num_previews = 0
         self.is_unwanted = False
         self.is_deleted = False

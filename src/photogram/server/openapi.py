@@ -126,6 +126,8 @@ def _paths() -> JSONSchema:
     pictures = dict.fromkeys(("image/png", "image/jpeg", "image/webp"), file)
     images = _reply(ImagesAnswer)
     images["content"]["text/event-stream"] = {"schema": {"type": "string"}}
+    text = {"schema": {"type": "string"}}
+    numbers = {"description": "The numbers", "content": {"text/plain": text, "application/openmetrics-text": text}}
     return {
         "/v1/images/generations": {
             "post": {
@@ -177,6 +179,7 @@ def _paths() -> JSONSchema:
         "/model_info": _get("getModelInfo", "What the model takes and gives", ModelInfo),
         "/health": _get("getHealth", "Whether the server lives", Health),
         "/ready": _get("getReadiness", "Whether the server can make pictures now: 200 or 503", Readiness),
+        "/metrics": {"get": _described("getMetrics", "The server's numbers, for Prometheus", numbers)},
         "/server_info": _get("getServerInfo", "The server's version and load", ServerInfo),
     }
 

@@ -27,6 +27,7 @@ from .files import stored_bytes
 from .group import Group
 from .live import LiveJob, Made, Moved, Outcome, Stepped, job_error, made
 from .resolve import Drawing, ImagesCall
+from .tallies import JobTally
 
 LONGEST_RETRY_AFTER_S = 60.0
 # Weight of the newest job in the running mean of how long a job takes.
@@ -58,7 +59,8 @@ class Service:
         self._store = store
         self._storage = storage
         self._inputs = inputs
-        self._attendant = Attendant(config, engine, store, storage, media, inputs)
+        self.tally = JobTally()
+        self._attendant = Attendant(config, engine, store, storage, media, inputs, self.tally)
         self._live: dict[str, LiveJob] = {}
         self._num_entering = 0
         self._mean_run_s = 1.0
@@ -73,6 +75,10 @@ class Service:
     def num_jobs(self) -> int:
         """Jobs admitted and not finished."""
         return len(self._live) + self._num_entering
+
+    def unfinished(self) -> tuple[JobRecord, ...]:
+        """Return the jobs admitted and not finished, as they are now."""
+        return tuple(job.record for job in self._live.values())
 
     @property
     def is_draining(self) -> bool:
@@ -236,6 +242,7 @@ class Service:
     def _start(self, record: JobRecord) -> None:
         job = LiveJob(record, time.monotonic())
         self._live[record.job_id] = job
+        self.tally.accepted(job)
         self._idle.clear()
         task = asyncio.create_task(self._attend(job))
         self._tasks.add(task)
@@ -246,6 +253,7 @@ class Service:
             await self._attendant.attend(job)
         finally:
             del self._live[job.job_id]
+            self.tally.ended(job, time.monotonic())
             self._enter_or_leave(0)
         if job.record.state == "completed":
             self._mean_run_s += _NEWEST * (time.monotonic() - job.began - self._mean_run_s)

@@ -10,6 +10,7 @@ import torch
 
 from ..core.messages import Phase
 from ..core.request import GenerateRequest
+from ..core.stage_clock import StageClock
 from .arguments import call_arguments, strength_of
 from .digest import DigestMemo
 from .fibers import Call, Fiber
@@ -37,26 +38,6 @@ class Answers:
                 self.denoised.clear()
                 self.denoised_step = step
             self.denoised.append(answer)
-
-
-@dataclass(slots=True)
-class StageClock:
-    """How long a job was in each phase, waiting for its turn included. Costs no waiting for the device."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-    _phase: str | None = None
-    _since: float = 0.0
-
-    def enter(self, phase: str | None, now: float) -> None:
-        """Leave the present phase for another one; None at the end."""
-        if phase == self._phase:
-            return
-        if self._phase is not None:
-            self.seconds[self._phase] = self.seconds.get(self._phase, 0.0) + now - self._since
-        self._phase, self._since = phase, now
-
-    def __str__(self) -> str:
-        return ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in self.seconds.items())
 
 
 class Job:

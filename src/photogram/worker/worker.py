@@ -42,6 +42,7 @@ from .prompt_cache import PromptCache
 from .recall import Recall
 from .stacking import Stacker
 from .tokens import count_tokens
+from .vitals import VitalSigns
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +84,7 @@ class Worker:
         self._frames = FrameStore(config.frames_dir)
         self._pace = Pace(served.device, clock)
         self._peak = PeakMemory(served.device)
+        self._vitals = VitalSigns(served.device, lambda: self.loras.num_switches)
         graph_bytes = config.tuning.cuda_graph_memory_bytes if config.tuning.cuda_graphs else 0
         self._scheduler = Scheduler(
             SchedulerConfig(
@@ -161,6 +163,9 @@ class Worker:
         self.loras.take()
         now = self._clock()
         plan = self._scheduler.next_plan(now)
+        vitals = self._vitals.news(now, is_idle=plan is None)
+        if vitals is not None:
+            self._emit(vitals)
         match plan:
             case None:
                 return False

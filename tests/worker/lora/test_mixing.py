@@ -2,9 +2,10 @@
 
 import msgspec
 import pytest
+import torch
 
 from families import FAMILIES
-from photogram.core.messages import LorasReady, SetLoras
+from photogram.core.messages import LorasReady, SetLoras, Vitals
 from photogram.core.request import GenerateRequest, LoraUse
 
 from ..drawing import Studio, relative_error
@@ -193,3 +194,22 @@ def test_jobs_keep_the_set_they_were_submitted_under(family_folder, tmp_path):
     assert any(isinstance(message, LorasReady) for message in studio.messages)
     assert studio.worker.loras.merged()["transformer"] != ()
     assert relative_error(drawn[first.job_id].latents, reference.latents) < MIXED_TOLERANCE
+
+
+def test_the_host_is_told_how_often_the_merged_loras_changed(family_folder, tmp_path):
+    studio = Studio(family_folder("flux-1"), tmp_path)
+    first, second, *_ = requests_with_loras(studio, "flux-1", tmp_path)
+
+    def told_after_setting(loras: tuple[LoraUse, ...]) -> int:
+        """What the host knows once the set is merged into the weights and the worker idle."""
+        with torch.inference_mode():
+            studio.worker.set_loras(SetLoras("set", loras, True))
+            studio.settle()
+            while studio.worker.turn():
+                pass
+        [*_, last] = [message for message in studio.messages if isinstance(message, Vitals)]
+        assert last.memory is None  # on a CPU
+        return last.num_lora_switches
+
+    counts = [told_after_setting(loras) for loras in (first.loras, first.loras, second.loras, ())]
+    assert counts == [1, 1, 2, 3]

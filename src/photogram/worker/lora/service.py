@@ -154,6 +154,11 @@ class Loras:
         self._active, self._merged, self._sets = adapters, merged, sets
         self._library.shrink()
 
+    @property
+    def num_switches(self) -> int:
+        """How often the weights of a module were changed."""
+        return sum(serving.weights.num_switches for serving in self.modules.values())
+
     def merged(self) -> dict[str, Key]:
         """Return what is in the weights of each module."""
         return {name: serving.weights.merged.key for name, serving in self.modules.items()}

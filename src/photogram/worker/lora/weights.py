@@ -70,6 +70,7 @@ class ModuleWeights:
     ) -> None:
         self.name = name
         self.merged: ModuleLoras = BASE
+        self.num_switches = 0
         self._module = module
         self._device = device
         self._share = share
@@ -119,6 +120,7 @@ class ModuleWeights:
         else:
             says_rate = self._kept.keys() >= set(touched)
             self._switch_in_place(touched, wanted)
+        self.num_switches += 1
         if self._share is not None:
             self._share(touched)
         seconds = self._now() - started
