@@ -96,7 +96,7 @@ def ltx_2(folder: Path) -> None:
 
 def add_upsampler(folder: Path) -> None:
     """Put the network that doubles the sides of latents where the makers' checkpoint has it: beside the index."""
-    made = LTX2LatentUpsamplerModel(in_channels=CHANNELS, mid_channels=32, num_blocks_per_stage=1)
+    made = LTX2LatentUpsamplerModel(in_channels=CHANNELS, mid_channels=64, num_blocks_per_stage=1)
     randomise(made, seed=177).save_pretrained(folder / "latent_upsampler")
 
 

@@ -1,18 +1,21 @@
 """The promises of the worker, kept on a GPU: real pipeline classes, tiny random weights, fp32 and bf16."""
 
 import gc
+import shutil
 import time
 
 import pytest
 import torch
 from diffusers import DiffusionPipeline
 
+from families.ltx2 import add_upsampler
 from photogram.core.config import ServeConfig
 from photogram.core.messages import Vitals
 from photogram.worker.loading import load
 from photogram.worker.worker import Worker
 from worker.drawing import Studio, draw_alone, relative_error
 from worker.test_families_served import STACKED_TOLERANCE, requests_of
+from worker.test_two_stages import by_hand, two_stage_requests
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 
@@ -60,6 +63,21 @@ def test_stacked_jobs_stay_within_tolerance(name, family_folder, tmp_path):
     for request in requests:
         reference = draw_alone(plain, request)
         assert relative_error(stacked[request.job_id].latents, reference.latents) < 10 * STACKED_TOLERANCE
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_two_stages_give_the_bits_of_the_three_pipelines_called_by_hand(precision, family_folder, tmp_path):
+    shutil.copytree(family_folder("ltx-2"), tmp_path / "ltx-2")
+    add_upsampler(tmp_path / "ltx-2")
+    as_plain = {"attention_backend": "torch", "channels_last": False}
+    studio = Studio(tmp_path / "ltx-2", tmp_path, max_batch_size=1, precision=precision, **as_plain)
+    requests = two_stage_requests()
+    drawn = studio.draw(requests)
+    for request in requests:
+        assert drawn[request.job_id].failure is None
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+        alone = by_hand(tmp_path / "ltx-2", request, device="cuda", dtype=dtype)
+        assert torch.equal(drawn[request.job_id].latents, alone.latents)
 
 
 def test_cancelled_jobs_give_their_memory_back(family_folder, tmp_path):

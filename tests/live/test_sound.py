@@ -1,4 +1,4 @@
-"""A model that makes sound, served: from a request over HTTP to an MP4 file with two tracks."""
+"""A model that makes sound, in two stages, served: from a request over HTTP to an MP4 file with two tracks."""
 
 import io
 import json
@@ -13,6 +13,7 @@ import httpx
 import numpy as np
 import pytest
 
+from families.ltx2 import add_upsampler
 from photogram.engine.frames_folder import SHARED_MEMORY
 from running import Running, serve
 
@@ -24,6 +25,7 @@ FRAME_S = 1 / 24
 def sounding(family_folder, tmp_path_factory) -> Iterator[Running]:
     folder = tmp_path_factory.mktemp("sounding") / "tiny-ltx-2"
     shutil.copytree(family_folder("ltx-2"), folder)
+    add_upsampler(folder)
     card = {
         "default_width": 64,
         "default_height": 64,
@@ -58,6 +60,34 @@ def test_clip_has_its_model_s_sound_as_long_as_its_frames(sounding):
     assert seconds == pytest.approx(25 * FRAME_S, abs=FRAME_S)
     assert (len(samples), rate) == (2, 24000)
     assert samples.std() > 0.01
+
+
+def test_clip_of_two_stages_is_the_same_for_a_seed_and_another_than_that_of_one(sounding):
+    client = sounding.client()
+    assert client.models.list().data[0].model_extra["parameters"]["two_stages"] == "bool"
+    clips = []
+    for fields in ({}, {"two_stages": True}, {"two_stages": False}):
+        video = client.videos.create_and_poll(
+            prompt="a red circle hums", size="128x128", poll_interval_ms=100, extra_body={"seed": 7, **fields}
+        )
+        assert video.status == "completed", video.error
+        assert (video.size, video.model_extra["generated_size"]) == ("128x128", "128x128")
+        assert video.model_extra.get("warnings", []) == []
+        clips.append(client.videos.download_content(video.id).read())
+    assert clips[0] == clips[1] != clips[2]
+    assert [tracks(clip)[0] for clip in clips] == [25, 25, 25]
+    assert all(tracks(clip)[2].std() > 0.01 for clip in clips)
+
+
+def test_progress_over_http_counts_the_steps_of_both_stages(sounding):
+    answer = httpx.post(f"{sounding.url}/v1/videos", json={"prompt": "a red circle hums"}, timeout=60)
+    assert answer.status_code == 200, answer.text
+    with httpx.stream("GET", f"{sounding.url}/v1/videos/{answer.json()['id']}/events", timeout=60) as events:
+        lines = [line.removeprefix("data: ") for line in events.iter_lines() if line.startswith("data: {")]
+    reports = [report for report in map(json.loads, lines) if report.get("phase") == "denoise"]
+    assert {report["num_steps"] for report in reports} == {5}  # two, and the three that refine
+    assert [report["progress"] for report in reports] == sorted(report["progress"] for report in reports)
+    assert json.loads(lines[-1])["video"]["status"] == "completed"
 
 
 def test_what_is_added_to_a_clip_is_heard_after_what_was_heard_before(sounding):

@@ -193,6 +193,28 @@ def test_a_file_without_a_head_is_named(content, tmp_path):
         plan(folder, 24)
 
 
+def test_a_network_for_a_second_stage_is_measured_and_the_usual_clip_is_twice_as_large(tmp_path):
+    """Its folder lies beside the pipeline's, whose index does not name it."""
+    index = {
+        "_class_name": "LTX2Pipeline",
+        "transformer": write_part(
+            tmp_path / "transformer",
+            "diffusers",
+            "LTX2VideoTransformer3DModel",
+            {"num_attention_heads": 32, "attention_head_dim": 128, "in_channels": 128, "patch_size": 1},
+            blocks=48,
+            block=390_000_000,
+        ),
+    }
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    one = plan(tmp_path, 80).plan
+    assert "768x512, 121 frames" in " ".join(one.reasons)
+    write_part(tmp_path / "latent_upsampler", "diffusers", "LTX2LatentUpsamplerModel", {}, outside=500_000_000)
+    two = plan(tmp_path, 80).plan
+    assert two.weights["denoise"] - one.weights["denoise"] == 1_000_000_000
+    assert "1536x1024, 121 frames" in " ".join(two.reasons)
+
+
 def test_a_variant_is_measured_by_its_own_files(tmp_path):
     folder = make_flux(tmp_path)
     write_weights(folder / "transformer", {"blocks.0.weight": [10]}, "diffusion_pytorch_model.fp16.safetensors")

@@ -186,6 +186,24 @@ def test_a_model_of_pictures_alone_sends_pictures_to_their_endpoint():
     assert (error.param, error.code) == ("model", "unsupported_by_model")
 
 
+def test_a_model_of_one_stage_refuses_two_and_says_what_it_lacks():
+    for asked in (True, "true"):
+        error = refused({"two_stages": asked})
+        assert (error.param, error.code) == ("two_stages", "unsupported_by_model")
+        assert "latent_upsampler" in error.message
+    # Not asked for, that is what it does.
+    for asked in (False, None):
+        made = resolve({"two_stages": asked})
+        assert (made.drawing.request.extra, made.ignored) == ({}, ())
+
+
+def test_two_stages_are_the_default_that_the_card_says_unless_switched_off():
+    able = card(parameters={"two_stages": "bool"}, defaults={"two_stages": True})
+    assert request({}, card=able).extra == {"two_stages": True}
+    assert request({"two_stages": "false"}, card=able).extra == {"two_stages": False}
+    assert refused({"two_stages": "twice"}, card=able).param == "two_stages"
+
+
 @pytest.mark.parametrize("start", ["redraw", "extend"])
 def test_a_model_of_prompts_neither_draws_anew_nor_extends(start):
     error = refused({}, beginning=clip(start))

@@ -108,7 +108,7 @@ def test_partial_pictures_approach_the_final_one_which_is_the_same_with_and_with
     assert 0 < distances[-1] < distances[0], f"partial pictures do not approach the final one: {distances}"
 
 
-@pytest.mark.parametrize("name", ["wan-2.1", "ltx"])
+@pytest.mark.parametrize("name", ["wan-2.1", "ltx", "ltx-2"])
 def test_a_clip_is_shown_by_its_first_frame_and_stays_the_same(name, family_folder, tmp_path):
     studio = Studio(family_folder(name), tmp_path)
     plain = requests_of(name)[1]

@@ -55,7 +55,7 @@ def test_size_multiple_is_what_the_pipeline_accepts(name, family_folder):
     family = FAMILIES[name]
     pipeline = DiffusionPipeline.from_pretrained(family_folder(name))
     pipeline.set_progress_bar_config(disable=True)
-    multiple = derive.size_multiple(pipeline)
+    multiple = derive.token_side(pipeline)
     width, height = 3 * multiple, 2 * multiple
     if multiple == 8:
         width, height = 40, 48

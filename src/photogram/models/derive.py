@@ -21,6 +21,7 @@ from ..core.request import Task
 from .checkpoint import CARD_FILE, Checkpoint
 from .families import DEFAULTS, FamilyDefaults, checkpoint_defaults
 from .latents import knows_latents
+from .two_stages import SCALE, TWO_STAGES, UPSAMPLER, enlarged
 from .uses import Use
 
 # Set by the server itself, or meaningless to a client.
@@ -59,10 +60,12 @@ def derive_card(
     uses: frozenset[Use],
     num_gpus: int = 1,
     num_replicas: int = 1,
+    upsampler: torch.nn.Module | None = None,
     families: Mapping[str, FamilyDefaults] = DEFAULTS,
 ) -> ModelCard:
     """Return the card of a loaded pipeline and what its components can become.
 
+    With an `upsampler` the model's clips are made in two stages unless a request says otherwise.
     Raises ConfigError when the folder's own card file does not fit.
     """
     parameters = inspect.signature(type(pipeline).__call__).parameters
@@ -70,11 +73,15 @@ def derive_card(
     transformer = pipeline.components.get("transformer")
     if families and transformer is not None:
         family = checkpoint_defaults(checkpoint.pipeline_class, family, pipeline.config, transformer.config)
+    if upsampler is not None:
+        family = enlarged(family)
     media: Literal["image", "video"] = "video" if {"num_frames", "video"} & parameters.keys() else "image"
-    multiple = size_multiple(pipeline)
+    multiple = token_side(pipeline) * (SCALE if upsampler is not None else 1)
     width, height = _default_size(pipeline, parameters, family, multiple)
     guidance = guidance_parameter(parameters)
     modules = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
+    if upsampler is not None:
+        modules[UPSAMPLER] = upsampler
     tensors = [tensor for module in modules.values() for tensor in module.parameters()]
     in_latents = knows_latents(pipeline)
     tasks = _tasks(uses, media, in_latents)
@@ -116,14 +123,18 @@ def derive_card(
             "max_frames": family.max_frames or max(2 * frames, 161),
             "default_fps": family.fps or int(_default(parameters, "frame_rate", 16)),
         }
+    card |= checkpoint.overrides
+    if upsampler is not None:
+        card["parameters"] = {TWO_STAGES: "bool"} | card["parameters"]
+        card["defaults"] = {TWO_STAGES: True} | card["defaults"]
     try:
-        return msgspec.convert(card | checkpoint.overrides, ModelCard)
+        return msgspec.convert(card, ModelCard)
     except msgspec.ValidationError as error:
         raise ConfigError(f"{CARD_FILE} of '{checkpoint.name}': {error}") from None
 
 
-def size_multiple(pipeline: DiffusionPipeline) -> int:
-    """Return what width and height must be multiples of: the VAE's scale times the denoiser's patch, in pixels."""
+def token_side(pipeline: DiffusionPipeline) -> int:
+    """Return the pixels a side of what the denoiser takes as one token: the VAE's scale times the denoiser's patch."""
     scale = _first_number(pipeline, "vae_scale_factor_spatial", "vae_spatial_compression_ratio", "vae_scale_factor", 8)
     denoiser = pipeline.components.get("transformer") or pipeline.components.get("unet")
     config = denoiser.config if denoiser is not None else {}

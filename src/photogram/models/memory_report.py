@@ -22,6 +22,7 @@ from .families import DEFAULTS, FamilyDefaults, checkpoint_defaults
 from .footprints import footprint_of, read_config
 from .memory_plan import MemoryPlan, UsualRequest, plan_memory
 from .sizes import parts_of
+from .two_stages import UPSAMPLER, enlarged, has_upsampler
 
 _FALLBACK_SIDE = 1024
 
@@ -39,9 +40,10 @@ def plan_of(
 ) -> CheckpointPlan:
     """Return the plan for a checkpoint on a device with this much memory. Raises ConfigError."""
     index = read_index(checkpoint.folder, config.model_path)
+    loaded = {**index, UPSAMPLER: ["diffusers", "ModelMixin"]} if has_upsampler(checkpoint) else index
     try:
         parts = parts_of(
-            checkpoint.folder, index, variant=config.variant, wanted=config.precisions, default=default_precision
+            checkpoint.folder, loaded, variant=config.variant, wanted=config.precisions, default=default_precision
         )
     except ConfigError as error:
         raise ConfigError(f"--model-path '{config.model_path}': {error}") from None
@@ -67,6 +69,8 @@ def _usual_request(checkpoint: Checkpoint, index: dict[str, object]) -> UsualReq
         index,
         read_config(checkpoint.folder, "transformer"),
     )
+    if has_upsampler(checkpoint):
+        family = enlarged(family)
     own = checkpoint.overrides
     return UsualRequest(
         width=own.get("default_width") or family.width or _FALLBACK_SIDE,

@@ -29,7 +29,7 @@ from .fields import MAX_INT, Field, Values, coerce, read, shown
 from .inputs import Inputs
 from .lengths import Length, clip_length
 from .lora_fields import NO_LORAS, ChosenLoras
-from .schemas import ECHOED_QUALITIES, MEANINGLESS_FIELDS, image_fields
+from .schemas import ECHOED_QUALITIES, MEANINGLESS_FIELDS, OF_SOME_MODELS, image_fields
 from .sizes import Size, asked_size, check_size, drawn_size
 
 ResponseFormat = Literal["b64_json", "url"]
@@ -296,7 +296,9 @@ class Resolver:
         for name in values.unread:
             kind = card.parameters.get(name)
             if kind is None:
-                if name not in MEANINGLESS_FIELDS:
+                if name in OF_SOME_MODELS:
+                    _refuse_switch(body, name)
+                elif name not in MEANINGLESS_FIELDS:
                     ignored.append(name)
                 continue
             value = coerce(body[name], Field(name=name, kind=kind, help=""), name)
@@ -313,6 +315,13 @@ class Resolver:
         return tuple(
             Drawing(request=_numbered(template, self.new_id("img"), seed + index), output=output) for index in range(n)
         )
+
+
+def _refuse_switch(body: Mapping[str, JSONValue], name: str) -> None:
+    """Refuse what the served model cannot be switched to; switched off, it is as asked."""
+    if coerce(body[name], Field(name=name, kind="bool", help=""), name):
+        message = f"{name}: the served model cannot; {OF_SOME_MODELS[name]}."
+        raise RequestError(message, param=name, code="unsupported_by_model")
 
 
 def _prompt(values: Values) -> str:

@@ -5,6 +5,7 @@ The wire's names are OpenAI's. Absent facts are left out of an answer, never nul
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import msgspec
@@ -129,6 +130,11 @@ def image_fields(max_steps: int) -> tuple[Field, ...]:
 
 MEANINGLESS_FIELDS = frozenset({"user", "safety_identifier", "moderation", "style", "complexity", "generator_device"})
 """Documented by OpenAI or SGLang, accepted, and without effect on what is drawn here."""
+
+OF_SOME_MODELS: Mapping[str, str] = {
+    "two_stages": "it has no network that enlarges latents (the folder 'latent_upsampler' beside its model_index.json)"
+}
+"""Switches that the cards of some models offer, and why other models refuse them."""
 
 
 # --- images -------------------------------------------------------------------------------------------------------

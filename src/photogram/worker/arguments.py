@@ -113,6 +113,8 @@ def for_two_prompts(arguments: Mapping[str, Any]) -> list[dict[str, Any]]:
         if name in doubled and doubled[name] is not None:
             doubled[name] = [doubled[name], doubled[name]]
     pictures = {name: [doubled[name]] * 2 for name in ("image", "mask_image", "video") if name in doubled}
+    latents = {name: torch.cat([doubled[name]] * 2) for name in ("latents", "audio_latents") if name in doubled}
+    doubled |= latents  # what a stage goes on from is each job's own
     forms = [doubled, doubled | pictures] if pictures else [doubled]
     return [form | {"generator": [torch.Generator("cpu").manual_seed(seed) for seed in (0, 1)]} for form in forms]
 

@@ -11,7 +11,7 @@ import torch
 from ..core.messages import Phase
 from ..core.request import GenerateRequest
 from ..core.stage_clock import StageClock
-from .arguments import call_arguments, strength_of
+from .arguments import strength_of
 from .digest import DigestMemo
 from .fibers import Call, Fiber
 from .guidance import Foresight
@@ -20,6 +20,7 @@ from .loading import ServedPipeline
 from .lora.sets import JobLoras
 from .solver_watch import EstimateSolver, SolverWatch
 from .stacking import Stackable
+from .stages import REFINING_STEPS, Stage, first_stage, only_stage, second_stage
 
 
 @dataclass(slots=True, kw_only=True)
@@ -41,7 +42,10 @@ class Answers:
 
 
 class Job:
-    """A request being drawn. The fiber is made at once and runs when the scheduler says so."""
+    """A request being drawn. The fiber is made at once and runs when the scheduler says so.
+
+    `stage` is the run of a pipeline that the job is at; it changes once where the job is made in two.
+    """
 
     def __init__(self, request: GenerateRequest, served: ServedPipeline, loras: JobLoras, arrived_at: float) -> None:
         self.request = request
@@ -63,36 +67,58 @@ class Job:
         self.foresight = Foresight()
         self.answers = Answers() if request.partial_images else None
         self.route = served.route(request)
-        self.pipeline = served.for_job(request)
-        self.arguments = call_arguments(self.pipeline, self.route, request, served.card)
-        self.watch = SolverWatch(self.pipeline, num_estimates=request.partial_images)
+        self.in_two_stages = served.in_two_stages(request)
+        self.stage: Stage = (first_stage if self.in_two_stages else only_stage)(served, self.route, request)
+        later_steps = REFINING_STEPS if self.in_two_stages else 0
+        self.expected_steps = request.num_inference_steps + later_steps
+        self.watch = SolverWatch(self.stage.pipeline, num_estimates=request.partial_images, later_steps=later_steps)
         self.fiber = Fiber(self._run, loras)
 
     @property
     def job_id(self) -> str:
         return self.request.job_id
 
+    @property
+    def num_steps(self) -> int:
+        """Steps of all stages, as the solver has them or, before it has said so, as the request asks for them."""
+        return self.watch.num_steps or self.expected_steps
+
     def _run(self) -> Any:
         """The fiber's code: the pipeline, after the source was encoded where the pipeline does not do it itself."""
         if self.route.begins_from_source or self.route.keeps_outside:
             strength = strength_of(self.request)
-            self.watch.source = read_source(self.pipeline, self.route, self.request, strength)
+            self.watch.source = read_source(self.stage.pipeline, self.route, self.request, strength)
             if self.answers is not None:
                 self.answers.encoded.clear()  # a replay begins with the pipeline
-        return self.pipeline(**self.arguments)
+        if self.in_two_stages:
+            latents, sound = self._draw(output_type="latent")
+            self._refine(self.stage.served.enlarge(latents), sound)
+        return self._draw()
+
+    def _draw(self, **changes: Any) -> Any:
+        return self.stage.pipeline(**{**self.stage.arguments, **changes})
+
+    def _refine(self, latents: torch.Tensor, sound: torch.Tensor) -> None:
+        """Go on to the second stage. What was noted of the first one's calls is not true of its own."""
+        self.stage = second_stage(self.route, self.request, self.stage, latents, sound)
+        self.watch.follow(self.stage.pipeline)
+        self.foresight = Foresight()
+        for module in self.stage.served.modules.values():
+            module.forget(self.job_id)
+        if self.answers is not None:
+            self.answers.encoded.clear()
 
 
-def replay(job: Job, served: ServedPipeline, estimate: torch.Tensor) -> Any:
-    """Return what the job's pipeline makes of `estimate` as its final latents.
+def replay(job: Job, estimate: torch.Tensor) -> Any:
+    """Return what the pipeline of the job's present stage makes of `estimate` as its final latents.
 
     Runs the same pipeline call again with a solver that answers every step with the estimate and with every big
     call but the decoder's answered from what the job noted: unpacking, scaling and decoding are the pipeline's own.
     With the last estimate this is the final picture, bit for bit. Of a clip only what the first latent frame gives is
     decoded: a small part of the whole clip's cost.
     """
-    pipeline = served.for_job(job.request)
+    pipeline, arguments = job.stage.another_pipeline(), job.stage.same_arguments()
     EstimateSolver(pipeline, estimate)
-    arguments = call_arguments(pipeline, job.route, job.request, served.card)
     fiber = Fiber(lambda: pipeline(**arguments), job.loras)
     num_encoded = num_denoised = 0
     outcome = fiber.resume()

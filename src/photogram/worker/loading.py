@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
+from typing import Any
 
 import diffusers
 import msgspec
@@ -17,6 +19,8 @@ import torch
 from diffusers import DiffusionPipeline, FirstBlockCacheConfig, SchedulerMixin
 from diffusers.guiders import BaseGuidance
 from diffusers.models.cache_utils import CacheMixin
+from diffusers.pipelines.ltx2 import LTX2LatentUpsamplePipeline
+from diffusers.pipelines.ltx2.latent_upsampler import LTX2LatentUpsamplerModel
 
 from ..core.card import ModelCard
 from ..core.config import Precisions, WorkerConfig
@@ -30,6 +34,7 @@ from ..models.families import CHANGES_ITS_DENOISER
 from ..models.latents import knows_latents
 from ..models.memory_report import plan_of
 from ..models.sizes import is_denoiser, precision_of
+from ..models.two_stages import TWO_STAGES, UPSAMPLER, has_upsampler
 from ..models.uses import Route, Use, pipelines_by_use, route
 from .long_prompts import read_in_chunks, reads_in_chunks
 from .lora.conversion import lora_modules
@@ -47,6 +52,7 @@ from .tuning.tune import tune
 
 logger = logging.getLogger(__name__)
 
+_NO_SETTINGS: Mapping[str, Any] = MappingProxyType({})
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -62,21 +68,33 @@ class ServedPipeline:
     runs_alone: bool  # its code changes the shared denoiser, so jobs run one by one
     visitors: Visitors  # components that are on the device for their calls
     graphs: Graphs | None  # of calls that are bound by launches
+    upsample: DiffusionPipeline | None = None  # enlarges latents between the two stages of a job
     run_both: RunBoth | None = None  # where a second group of ranks can run a call at the same time
 
     def route(self, request: GenerateRequest) -> Route:
         """Return how the request is served. Raises RequestError where the model cannot."""
         return route(request, frozenset(self.by_use), knows_latents(self.pipeline))
 
-    def for_job(self, request: GenerateRequest) -> DiffusionPipeline:
+    def in_two_stages(self, request: GenerateRequest) -> bool:
+        """Say whether a job is drawn at half its sides, enlarged and refined."""
+        return self.upsample is not None and bool(request.extra.get(TWO_STAGES))
+
+    def enlarge(self, latents: torch.Tensor) -> torch.Tensor:
+        """Return latents (B, C, T, H, W) as (B, C, T, 2 H, 2 W). Called in the job's fiber: the network's call is a
+        call like any other."""
+        assert self.upsample is not None, "asked of a model that makes its clips in one stage"
+        return self.upsample(latents=latents, output_type="latent", return_dict=False)[0]
+
+    def for_job(self, request: GenerateRequest, solver_settings: Mapping[str, Any] = _NO_SETTINGS) -> DiffusionPipeline:
         """Return the pipeline that serves the request: the same networks, with fields, solvers and guiders of its own.
 
         Solvers count their own calls and guiders keep the halves of a step, so two jobs may share neither.
+        `solver_settings` go before what the solver's configuration says.
         """
         own = copy.copy(self.by_use[self.route(request).use])
         for name, component in own.components.items():
             if isinstance(component, SchedulerMixin):
-                setattr(own, name, type(component).from_config(component.config))
+                setattr(own, name, type(component).from_config(component.config, **solver_settings))
             elif isinstance(component, BaseGuidance):
                 setattr(own, name, copy.deepcopy(component))
         own.set_progress_bar_config(disable=True)
@@ -127,7 +145,8 @@ def load(config: WorkerConfig, say: Callable[[str], None], on_lost: Callable[[st
     config, room = _plan_memory(checkpoint, config, device)
     group = Group(config, device, on_lost) if config.degrees.world_size > 1 else None
     say(f"loading {checkpoint.name} ({checkpoint.pipeline_class})")
-    return prepare(_from_folder(checkpoint, config, device), checkpoint, config, device, group, room)
+    pipeline, upsampler = _from_folder(checkpoint, config, device), _upsampler(checkpoint, config, device)
+    return prepare(pipeline, checkpoint, config, device, group, room, upsampler)
 
 
 def _plan_memory(checkpoint: Checkpoint, config: WorkerConfig, device: torch.device) -> tuple[WorkerConfig, Room]:
@@ -199,10 +218,12 @@ def prepare(
     device: torch.device,
     group: Group | None = None,
     room: Room | None = None,
+    upsampler: torch.nn.Module | None = None,
 ) -> ServedPipeline:
     """Make a loaded pipeline ready to be served: on its device, with a card, its networks suspension points.
 
-    With a `group` its denoisers are split over the group's ranks; `room` is what requests are admitted by.
+    With a `group` its denoisers are split over the group's ranks; `room` is what requests are admitted by. An
+    `upsampler` enlarges latents between two stages.
     The pipeline is changed and must not be used by itself afterwards.
     """
     place(pipeline, config.placement, device)
@@ -216,6 +237,7 @@ def prepare(
         device_name=device_name(device),
         num_gpus=config.degrees.world_size * config.num_replicas,
         num_replicas=config.num_replicas,
+        upsampler=upsampler,
     )
     if config.step_cache == "first-block":
         _enable_step_cache(pipeline.components.values(), config.step_cache_threshold)
@@ -230,7 +252,7 @@ def prepare(
     visiting = {name for name in pipeline.components if is_offloaded(name, config.placement) and device.type != "cpu"}
     can_change = tuple(lora_modules(pipeline))
     card = msgspec.structs.replace(card, lora_modules=can_change, tuning=tuned.lines, room=room)
-    modules = big_modules(pipeline)
+    modules = big_modules(pipeline.components if upsampler is None else pipeline.components | {UPSAMPLER: upsampler})
     for module in modules.values():
         module.around_calls = tuned.attention.around_calls
         if module.name not in visiting:  # a graph knows weights by their place
@@ -245,6 +267,10 @@ def prepare(
     runs_alone = any(changes_its_denoiser(type(one)) for one in by_use.values())
     for one in {id(one): one for one in by_use.values()}.values():
         one.__class__ = _on_device(type(one), device)
+    upsample: DiffusionPipeline | None = None
+    if upsampler is not None:
+        here = _on_device(LTX2LatentUpsamplePipeline, device)
+        upsample = here(vae=pipeline.vae, latent_upsampler=upsampler.to(device))
     return ServedPipeline(
         pipeline=pipeline,
         by_use=by_use,
@@ -254,6 +280,7 @@ def prepare(
         runs_alone=runs_alone,
         visitors=visitors,
         graphs=tuned.graphs,
+        upsample=upsample,
         run_both=group.run_both if group is not None and config.degrees.cfg > 1 else None,
     )
 
@@ -279,6 +306,23 @@ def _from_folder(checkpoint: Checkpoint, config: WorkerConfig, device: torch.dev
             use_safetensors=True,
             local_files_only=True,
         )
+
+
+def _upsampler(checkpoint: Checkpoint, config: WorkerConfig, device: torch.device) -> torch.nn.Module | None:
+    """Load the network that enlarges latents, where the checkpoint has one beside its pipeline."""
+    if not has_upsampler(checkpoint):
+        return None
+    precision = precision_of(UPSAMPLER, config.precisions, checkpoint.pipeline_class, _default_precision(device))
+    with _as_config_error(config):
+        network = LTX2LatentUpsamplerModel.from_pretrained(
+            checkpoint.folder,
+            subfolder=UPSAMPLER,
+            torch_dtype=_DTYPES[precision],
+            variant=config.variant,
+            use_safetensors=True,
+            local_files_only=True,
+        )
+    return network.eval()
 
 
 @contextmanager

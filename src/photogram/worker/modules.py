@@ -12,12 +12,12 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from typing import Any, Literal
 
 import torch
-from diffusers import DiffusionPipeline
 from diffusers.hooks import HookRegistry
 from diffusers.hooks.hooks import StateManager
 from diffusers.models.cache_utils import CacheMixin
 
 from ..models.sizes import is_denoiser
+from ..models.two_stages import UPSAMPLER
 from .fibers import Call, Fiber
 from .lora.serving import ModuleServing
 from .tuning.graphs import Graphs
@@ -54,7 +54,8 @@ class BigModule:
             self._keep_cache_contexts_apart(module)
 
     def phase(self, method: str) -> CallPhase:
-        if self.is_denoiser:
+        # What enlarges latents stands between the steps of two stages, and counts as what they do.
+        if self.is_denoiser or self.name == UPSAMPLER:
             return "denoise"
         # A vocoder makes sound of what the decoder of sound gives; its own method is `forward`.
         return "decode" if method == "decode" or self.name == "vocoder" else "encode"
@@ -168,10 +169,10 @@ def _keep(recurse: bool = True) -> None:
     """Stands in for a module's `_reset_stateful_cache`."""
 
 
-def big_modules(pipeline: DiffusionPipeline) -> Mapping[str, BigModule]:
-    """Make every network of the pipeline a suspension point; call once, after step caches were switched on."""
+def big_modules(components: Mapping[str, object]) -> dict[str, BigModule]:
+    """Make every network among the components a suspension point; call once, after step caches were switched on."""
     return {
         name: BigModule(name, component)
-        for name, component in pipeline.components.items()
+        for name, component in components.items()
         if isinstance(component, torch.nn.Module)
     }

@@ -35,7 +35,7 @@ class Passes:
 
     def run(self, jobs: Sequence[Job]) -> list[Any]:
         """Run the jobs' pending calls, which share a key where they are several, and return each one's result."""
-        if self._run_both is not None and jobs[0].call.module.phase(jobs[0].call.method) == "denoise":
+        if self._run_both is not None and jobs[0].call.module.is_denoiser:
             try:
                 results = self._in_halves(jobs, self._run_both)
             except NotStackable as error:

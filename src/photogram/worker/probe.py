@@ -20,20 +20,20 @@ def same_call_for_two(job: Job, call: Call, served: ServedPipeline) -> Call | No
 
     None where the code takes no two prompts. Raises DeviceLost.
     """
-    for arguments in for_two_prompts(job.arguments):
+    for arguments in for_two_prompts(job.stage.arguments):
         try:
-            return _first_like(call, job, arguments, served)
+            return _first_like(call, job, arguments)
         except Exception as error:
             lost = device_error(error, served.device)
             if isinstance(lost, DeviceLost):
                 raise lost from error
-            logger.info("%s does not take two prompts: %s", type(job.pipeline).__name__, error)
+            logger.info("%s does not take two prompts: %s", type(job.stage.pipeline).__name__, error)
     return None
 
 
-def _first_like(call: Call, job: Job, arguments: Mapping[str, Any], served: ServedPipeline) -> Call | None:
+def _first_like(call: Call, job: Job, arguments: Mapping[str, Any]) -> Call | None:
     """Run the job's pipeline with other arguments to its first denoiser call; None where another comes first."""
-    pipeline = served.for_job(job.request)
+    pipeline = job.stage.another_pipeline()
     fiber = Fiber(lambda: pipeline(**arguments), job.loras)
     outcome = fiber.resume()
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -14,21 +15,27 @@ class SolverWatch:
     """Counts the steps of a pipeline's solver, takes its estimate of the result where one is wanted, and lets the run
     begin at a given picture or clip, and keep what is outside a mask, where there is a `source`.
 
-    Without a source a watched run gives the same bits as an unwatched one.
+    Without a source a watched run gives the same bits as an unwatched one. `later_steps` are those of the runs that the
+    watch is to `follow` after this one.
     """
 
-    def __init__(self, pipeline: DiffusionPipeline, num_estimates: int = 0) -> None:
+    def __init__(self, pipeline: DiffusionPipeline, num_estimates: int = 0, later_steps: int = 0) -> None:
         self.steps_done = 0
         self.num_steps = 0
         self.estimate: torch.Tensor | None = None  # x0 at the last step for which one was wanted
         self.source: LatentSource | None = None
         self._num_estimates = num_estimates
+        self._later_steps = later_steps
         self._wanted: frozenset[int] = frozenset()
         self._index = 0  # of the next timestep
         self._begin = 0
         self._noise: torch.Tensor | None = None
         self._answers: list[Any] = []  # of the denoiser in the first step, where that one is skipped
         self._num_given = 0
+        self.follow(pipeline)
+
+    def follow(self, pipeline: DiffusionPipeline) -> None:
+        """Watch this pipeline's solver from now on, and go on counting."""
         self._solver: SchedulerMixin | None = pipeline.components.get("scheduler")
         if self._solver is not None:
             self._real_step = self._solver.step
@@ -78,7 +85,8 @@ class SolverWatch:
         if self.source is not None:
             self._begin = self.source.first_step(self._solver)
             self._noise = sample / _initial_scale(self._solver)
-        self.num_steps = len(self._solver.timesteps) - _position(self._solver, timestep) - self._begin
+        steps = len(self._solver.timesteps) - _position(self._solver, timestep) - self._begin
+        self.num_steps = steps + self._later_steps
         self._wanted = spread(self.num_steps, self._num_estimates)
 
     def _skip(self, as_dict: bool) -> Any:
@@ -145,14 +153,31 @@ def _estimate(
 
 
 class EstimateSolver:
-    """Makes a pipeline's solver answer every step with one given estimate, and nothing else."""
+    """Makes a pipeline's solver answer every step with one given estimate, and nothing else.
+
+    A copy that the pipeline takes of its solver steps what is drawn beside the picture, a clip's sound, of which there
+    is no estimate: it leaves its samples as they are.
+    """
 
     def __init__(self, pipeline: DiffusionPipeline, estimate: torch.Tensor) -> None:
-        self._estimate = estimate
+        self._estimate: torch.Tensor | None = estimate
         pipeline.components["scheduler"].step = self._step
 
-    def _step(self, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
-        return StepResult.of(self._estimate, return_dict)
+    def __deepcopy__(self, memo: dict[int, Any]) -> EstimateSolver:
+        copied = copy.copy(self)
+        copied._estimate = None
+        return copied
+
+    def _step(
+        self,
+        model_output: torch.Tensor,
+        timestep: Any,
+        sample: torch.Tensor,
+        *args: Any,
+        return_dict: bool = True,
+        **kwargs: Any,
+    ) -> Any:
+        return StepResult.of(sample if self._estimate is None else self._estimate, return_dict)
 
 
 class StepResult(tuple[torch.Tensor]):

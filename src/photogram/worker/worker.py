@@ -25,6 +25,7 @@ from ..core.messages import (
     ToHost,
 )
 from ..core.request import GenerateRequest
+from ..models.derive import token_side
 from ..scheduler import JobTicket, PendingCall, Run, Scheduler, SchedulerConfig, Start
 from .arguments import to_frames, to_sound
 from .fibers import Call, Returned
@@ -126,9 +127,9 @@ class Worker:
                 owner=request.owner,
                 priority=request.priority,
                 arrived_at=arrived_at,
-                expected_steps=request.num_inference_steps,
+                expected_steps=job.expected_steps,
                 size_hint=pixels,
-                kind=f"{request.task} {'guided' if (request.guidance_scale or 0) > 1 else 'plain'}",
+                kind=_job_kind(job),
                 batchable=not self._runs_alone(request),
             ),
             self._clock(),
@@ -211,7 +212,7 @@ class Worker:
         before, started = module.loras.weights.merged.key, self._clock()
         loras = jobs[0].call.loras[0][0]
         if not any(self._wants_other(job, module.name, loras) for job in self.jobs.values()):
-            passes = max(max(1, self._num_steps(job) - job.watch.steps_done) for job in jobs)
+            passes = max(max(1, job.num_steps - job.watch.steps_done) for job in jobs)
             module.loras.merge_if_it_pays(loras, passes * (self._scheduler.expected_s(plan) or 0.0))
         module.loras.fit([job.call.loras[0] for job in jobs], exact=jobs[0].call.exact)
         if module.loras.weights.merged.key != before:
@@ -287,7 +288,7 @@ class Worker:
         phase = call.module.phase(call.method)
         job.call, job.phase = call, phase
         job.stackable = None
-        may_stack = phase == "denoise" and call.method == "forward" and not self._runs_alone(job.request)
+        may_stack = call.module.is_denoiser and call.method == "forward" and not self._runs_alone(job.request)
         if may_stack:
             if not self.stacker.is_known(call):
                 self.stacker.learn(call, same_call_for_two(job, call, self.served))
@@ -296,12 +297,12 @@ class Worker:
         mixes = serving is not None and not call.exact and serving.mixes(loras)
         now = self._clock()
         job.stages.enter(phase, now)
-        self._scheduler.stepped(job.job_id, job.watch.steps_done, self._num_steps(job))
+        self._scheduler.stepped(job.job_id, job.watch.steps_done, job.num_steps)
         self._scheduler.waiting(
             job.job_id,
             PendingCall(
                 key=(job.stackable.key, () if mixes else loras.key) if job.stackable is not None else None,
-                kind=_kind(call, job.request),
+                kind=_kind(call, job.stage.request),
                 phase=phase,
                 rows=job.stackable.num_rows if job.stackable is not None else 1,
                 module=call.module.name,
@@ -316,12 +317,9 @@ class Worker:
 
     # --- what the host hears
 
-    def _num_steps(self, job: Job) -> int:
-        return job.watch.num_steps or job.request.num_inference_steps
-
     def _report(self, job: Job) -> None:
         """Tell how far the job is, once for each step: with guidance a step can be several calls."""
-        done, num_steps = job.watch.steps_done, self._num_steps(job)
+        done, num_steps = job.watch.steps_done, job.num_steps
         if job.reported == (job.phase, done):
             return
         job.reported = (job.phase, done)
@@ -346,7 +344,7 @@ class Worker:
         if estimate is None or job.answers is None:
             return
         try:
-            pixels = to_frames(replay(job, self.served, estimate))
+            pixels = to_frames(replay(job, estimate))
         except Exception as error:
             if isinstance(device_error(error, self.served.device), DeviceLost):
                 raise
@@ -361,12 +359,12 @@ class Worker:
             self._pace.finish()
             job.stages.enter("frames", self._clock())
             block = self._frames.put(to_frames(result))
-            heard = to_sound(job.pipeline, result)
+            heard = to_sound(job.stage.pipeline, result)
             sound = None if heard is None else self._frames.put_sound(*heard)
         except Exception as error:
             self._fail(job, device_error(error, self.served.device))
             return
-        prompt_tokens, warnings = count_tokens(self.served.pipeline, job.arguments)
+        prompt_tokens, warnings = count_tokens(self.served.pipeline, job.stage.arguments)
         now = self._clock()
         run_s = now - job.started_at
         job.stages.enter(None, now)
@@ -395,10 +393,10 @@ class Worker:
         )
 
     def _image_tokens(self, request: GenerateRequest) -> int:
-        """Tokens of the picture as the denoiser sees it: one for each `size_multiple` square and latent frame."""
-        card = self.served.card
-        latent_frames = 1 + ((request.num_frames or 1) - 1) // card.frame_multiple
-        return (request.width // card.size_multiple) * (request.height // card.size_multiple) * latent_frames
+        """Tokens of the picture as the denoiser sees it: one for each square of `token_side` and latent frame."""
+        side = token_side(self.served.pipeline)
+        latent_frames = 1 + ((request.num_frames or 1) - 1) // self.served.card.frame_multiple
+        return (request.width // side) * (request.height // side) * latent_frames
 
     def _fail(self, job: Job, error: Exception) -> None:
         self._end(job)
@@ -422,6 +420,12 @@ class Worker:
         job.call = job.stackable = None
         for module in self.served.modules.values():
             module.forget(job.job_id)
+
+
+def _job_kind(job: Job) -> str:
+    """What changes the price of a job's steps beside its size."""
+    guided = "guided" if (job.request.guidance_scale or 0) > 1 else "plain"
+    return f"{job.request.task} {guided}{' in two stages' if job.in_two_stages else ''}"
 
 
 def _kind(call: Call, request: GenerateRequest) -> str:
