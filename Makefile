@@ -5,11 +5,15 @@
 # make lint           style, types and import rules
 # make docs           write the generated tables of the docs anew
 #
-# PYTHON picks the interpreter for a new environment (3.11 to 3.13), VENV its folder.
+# PYTHON picks the interpreter for a new environment (3.11 to 3.13), VENV its folder. JOBS is the number of processes that
+# test at a time; JOBS=0 tests in pytest's own, for --pdb and -s.
 
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+JOBS ?= 2
+# A file's tests stay together, with the server or the ranks that they share.
+PARALLEL = --numprocesses $(JOBS) --dist loadfile
 # What pytest answers when no test is selected, which is no failure for the kinds that may be missing.
 NONE_COLLECTED := 5
 BIN := $(VENV)/bin
@@ -21,7 +25,7 @@ serve: $(VENV)/.served
 	@exec $(BIN)/photogram serve $(ARGS)
 
 test: $(VENV)/.tested
-	$(BIN)/python -m pytest -m "not long and not gpu" $(ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) -m "not long and not gpu" $(ARGS)
 
 test-long: $(VENV)/.tested
 	$(BIN)/python -m pytest -m "long and not gpu" $(ARGS) || [ $$? -eq $(NONE_COLLECTED) ]

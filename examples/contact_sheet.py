@@ -1,4 +1,7 @@
-"""Draws 24 prompts with the built-in model onto one sheet: `python examples/contact_sheet.py sheet.webp`."""
+"""Draws prompts with the built-in model onto one sheet: `python examples/contact_sheet.py sheet.webp`.
+
+The prompts may follow; without any it draws the 24 below.
+"""
 
 import base64
 import io
@@ -43,14 +46,15 @@ def draw(client: OpenAI, prompt: str, seed: int) -> Image.Image:
     return Image.open(io.BytesIO(base64.b64decode(answer.data[0].b64_json)))
 
 
-def main(path: str) -> None:
+def main(path: str, *given: str) -> None:
+    prompts = given or PROMPTS
     client = OpenAI(base_url=os.environ.get("PHOTOGRAM_URL", "http://localhost:30000") + "/v1", api_key="not-needed")
     with ThreadPoolExecutor(8) as pool:
-        pictures = list(pool.map(lambda job: draw(client, job[1], job[0]), enumerate(PROMPTS)))
-    rows = -(-len(PROMPTS) // COLUMNS)
+        pictures = list(pool.map(lambda job: draw(client, job[1], job[0]), enumerate(prompts)))
+    rows = -(-len(prompts) // COLUMNS)
     sheet = Image.new("RGB", (COLUMNS * SIDE, rows * (SIDE + CAPTION)), "white")
     pen = ImageDraw.Draw(sheet)
-    for number, (prompt, picture) in enumerate(zip(PROMPTS, pictures, strict=True)):
+    for number, (prompt, picture) in enumerate(zip(prompts, pictures, strict=True)):
         x, y = number % COLUMNS * SIDE, number // COLUMNS * (SIDE + CAPTION)
         sheet.paste(picture.resize((SIDE - 6, SIDE - 6), Image.Resampling.LANCZOS), (x + 3, y + 3))
         words, line, top = prompt.split(), "", y + SIDE - 1
@@ -65,4 +69,4 @@ def main(path: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1] if len(sys.argv) > 1 else "contact-sheet.webp")
+    main(*(sys.argv[1:] or ["contact-sheet.webp"]))

@@ -1,4 +1,7 @@
-"""Draws two LoRAs at rising strengths, and mixed: `python examples/lora_sheet.py pastel sketch sheet.webp`."""
+"""Draws two LoRAs at rising strengths, and mixed: `python examples/lora_sheet.py pastel sketch sheet.webp`.
+
+Prompts may follow; without any it draws the three below.
+"""
 
 import base64
 import io
@@ -24,16 +27,17 @@ def draw(client: OpenAI, prompt: str, seed: int, loras: list[dict[str, object]])
     return Image.open(io.BytesIO(base64.b64decode(answer.data[0].b64_json)))
 
 
-def main(first: str, second: str, path: str) -> None:
+def main(first: str, second: str, path: str, *given: str) -> None:
+    prompts = given or PROMPTS
     client = OpenAI(base_url=os.environ.get("PHOTOGRAM_URL", "http://localhost:30000") + "/v1", api_key="not-needed")
     columns = [(f"{name} {s}", [{"nickname": name, "strength": s}]) for name in (first, second) for s in STRENGTHS]
     for one, two in MIXES:
         mix = [{"nickname": first, "strength": one}, {"nickname": second, "strength": two}]
         columns.append((f"{one} + {two}", mix))
-    cells = [(row, column) for row in range(len(PROMPTS)) for column in range(len(columns))]
+    cells = [(row, column) for row in range(len(prompts)) for column in range(len(columns))]
     with ThreadPoolExecutor(8) as pool:
-        pictures = list(pool.map(lambda cell: draw(client, PROMPTS[cell[0]], cell[0], columns[cell[1]][1]), cells))
-    sheet = Image.new("RGB", (len(columns) * SIDE, CAPTION + len(PROMPTS) * SIDE), "white")
+        pictures = list(pool.map(lambda cell: draw(client, prompts[cell[0]], cell[0], columns[cell[1]][1]), cells))
+    sheet = Image.new("RGB", (len(columns) * SIDE, CAPTION + len(prompts) * SIDE), "white")
     pen = ImageDraw.Draw(sheet)
     for column, (caption, _) in enumerate(columns):
         pen.text((column * SIDE + 4, 3), caption, fill="black")

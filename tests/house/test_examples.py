@@ -75,8 +75,10 @@ def test_curl(server: str, tmp_path: Path) -> None:
 
 
 def test_contact_sheet(server: str, tmp_path: Path) -> None:
-    run([sys.executable, example("contact_sheet.py"), "sheet.webp"], tmp_path, server)
-    assert size(tmp_path / "sheet.webp") == (6 * 192, 4 * (192 + 30))
+    prompts = ["two red circles", "a striped circle", "a cat on stage", "four green squares", "a blue star", "a house",
+               "a lighthouse in a storm"]  # fmt: skip
+    run([sys.executable, example("contact_sheet.py"), "sheet.webp", *prompts], tmp_path, server)
+    assert size(tmp_path / "sheet.webp") == (6 * 192, 2 * (192 + 30))
 
 
 def test_lora_sheet(server: str, tmp_path: Path) -> None:
@@ -84,8 +86,8 @@ def test_lora_sheet(server: str, tmp_path: Path) -> None:
         body = {"lora_nickname": name, "lora_path": str(demo_lora(tmp_path / f"{name}.safetensors", seed=seed))}
         assert httpx.post(f"{server}/v1/set_lora", json=body).status_code == 200
     assert httpx.post(f"{server}/v1/unmerge_lora_weights").status_code == 200
-    run([sys.executable, example("lora_sheet.py"), "first", "second", "sheet.webp"], tmp_path, server)
-    assert size(tmp_path / "sheet.webp") == (11 * 144, 18 + 3 * 144)
+    run([sys.executable, example("lora_sheet.py"), "first", "second", "sheet.webp", "a red house"], tmp_path, server)
+    assert size(tmp_path / "sheet.webp") == (11 * 144, 18 + 144)
 
 
 def test_make_video(clip_server: Running, tmp_path: Path) -> None:

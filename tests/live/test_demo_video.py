@@ -72,14 +72,15 @@ def test_a_picture_is_the_first_frame_and_the_thing_in_it_moves_as_told(clips, t
 
 
 def test_clips_are_remixed_and_extended(clips, tmp_path):
-    client = clips.client()
-    video, frames = made(clips, tmp_path / "c.mp4", prompt="a red circle moves down", size="256x144")
-    remixed = client.videos.poll(
-        client.videos.remix(video.id, prompt="a blue circle moves down").id, poll_interval_ms=200
-    )
+    client, steps = clips.client(), {"num_inference_steps": 6}
+    fields = {"prompt": "a red circle moves down", "size": "256x144", "extra_body": steps}
+    video, frames = made(clips, tmp_path / "c.mp4", **fields)
+    remix = client.videos.remix(video.id, prompt="a blue circle moves down", extra_body=steps)
+    remixed = client.videos.poll(remix.id, poll_interval_ms=200)
     assert remixed.remixed_from_video_id == video.id
     assert frames_of(client, remixed, tmp_path / "d.mp4").shape == frames.shape
-    answer = httpx.post(f"{clips.url}/v1/videos/extensions", json={"video": {"id": video.id}, "prompt": "it moves up"})
+    body = {"video": {"id": video.id}, "prompt": "it moves up"} | steps
+    answer = httpx.post(f"{clips.url}/v1/videos/extensions", json=body)
     extended = client.videos.poll(answer.json()["id"], poll_interval_ms=200)
     longer = frames_of(client, extended, tmp_path / "e.mp4")
     assert len(longer) == 2 * len(frames) - 1

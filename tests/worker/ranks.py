@@ -1,10 +1,6 @@
-"""One rank of a test group: ``python ranks.py DEVICE RANK WORLD MEETING_FILE FOLDER...`` compares each sharded denoiser
-with the whole one, at every way of laying out the ranks, and prints the differences."""
+"""One rank of a test group: compares each sharded denoiser with the whole one, at every way of laying out the ranks."""
 
 import inspect
-import json
-import os
-import sys
 from pathlib import Path
 
 import torch
@@ -51,11 +47,12 @@ def joined(result: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
     return result if isinstance(result, torch.Tensor) else torch.stack(result)
 
 
-def main(kind: str, rank: int, world: int, meeting_file: str, folders: list[str]) -> None:
+def denoiser_differences(rank: int, world: int, kind: str, meeting_file: Path, folders: list[Path]) -> dict[str, float]:
+    """Return the largest difference of each model and layout, over the spread of what is right."""
     torch.set_num_threads(1)
     device = torch.device(kind, rank) if kind == "cuda" else torch.device(kind)
     torch.backends.cudnn.allow_tf32 = False
-    meet(world, rank, device, Path(meeting_file))
+    meet(world, rank, device, meeting_file)
     layouts = [Degrees(ulysses=u, ring=world // u) for u in (1, 2)]  # the tiny denoisers have two heads
     meshes = [arrange(degrees, rank, device) for degrees in layouts]
     differences = {}
@@ -75,12 +72,6 @@ def main(kind: str, rank: int, world: int, meeting_file: str, folders: list[str]
                     lengths.end()
                     errors.append(float((out - expected[index]).abs().max() / expected[index].std()))
                 layout = f"{mesh.degrees.ulysses}x{mesh.degrees.ring}"
-                differences[f"{Path(folder).name} {layout}"] = max(errors)
-    if rank == 0:
-        print(json.dumps(differences), flush=True)
-    dist.barrier()
-    os._exit(0)  # the interpreter's own end may wait for ever in the destructors of gloo's groups
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], sys.argv[5:])
+                differences[f"{folder.name} {layout}"] = max(errors)
+    dist.barrier()  # the last may still wait for what the first has to send
+    return differences

@@ -1,18 +1,15 @@
 """Triton's kernels against their plain torch references on random shapes, run by Triton's interpreter on a CPU.
 
-Needs the triton package, which torch's CPU builds come without; on a GPU the same cases are in `tests/gpu`.
+Collected where the triton package is installed and no GPU is there (`conftest`); on a GPU the same cases are in
+`tests/gpu`.
 """
 
 import os
 
-import pytest
 import torch
 from hypothesis import given, settings
 
-if torch.cuda.is_available():
-    pytest.skip("compiled, and tested in tests/gpu", allow_module_level=True)
 os.environ.setdefault("TRITON_INTERPRET", "1")
-pytest.importorskip("triton")
 
 from kernel_cases import (
     ActivationCase,

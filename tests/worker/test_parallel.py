@@ -1,11 +1,5 @@
 """A denoiser split over several ranks gives what it gives on one."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 from diffusers import DiffusionPipeline
 
@@ -13,6 +7,10 @@ from families.quiet import quiet
 from photogram.core.errors import ConfigError
 from photogram.core.parallel import Degrees, resolve_degrees
 from photogram.worker.parallel.decoding import can_split
+
+from .in_process import on_ranks
+from .ranks import denoiser_differences
+from .vae_ranks import decoder_differences
 
 WORLD = 4
 FAMILIES = (
@@ -31,39 +29,16 @@ DECODED = ("flux-1", "wan-2.1", "wan-2.2-ti2v", "qwen-image", "hunyuan-video-1.5
 TOLERANCE = 1e-4  # of the result's spread, fp32
 
 
-def differences_of(
-    script: str, world: int, folders: list[str], tmp_path: Path, device: str = "cpu"
-) -> dict[str, float]:
-    """What the ranks of a script report, by case."""
-    meeting = str(tmp_path / "meeting")
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name(script)), device, str(rank), str(world), meeting, *folders],
-            stdout=subprocess.PIPE,
-            stderr=(tmp_path / f"rank-{rank}.log").open("wb"),
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
-        for rank in range(world)
-    ]
-    try:
-        output, _ = ranks[0].communicate(timeout=400)
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert output, (tmp_path / "rank-0.log").read_text()[-3000:]
-    return json.loads(output)
-
-
 def test_every_layout_of_four_ranks_gives_what_one_rank_gives(family_folder, tmp_path):
-    folders = [str(family_folder(name)) for name in FAMILIES]
-    differences = differences_of("ranks.py", WORLD, folders, tmp_path)
+    folders = [family_folder(name) for name in FAMILIES]
+    differences = on_ranks(denoiser_differences, WORLD, "cpu", tmp_path / "meeting", folders)[0]
     assert set(differences) == {f"{name} {layout}" for name in FAMILIES for layout in ("2x2", "1x4")}
     assert {name: error for name, error in differences.items() if not error < TOLERANCE} == {}
 
 
 def test_a_picture_or_clip_decoded_in_bands_is_what_one_rank_decodes(family_folder, tmp_path):
-    folders = [str(family_folder(name)) for name in DECODED]
-    differences = differences_of("vae_ranks.py", 3, folders, tmp_path)
+    folders = [family_folder(name) for name in DECODED]
+    differences = on_ranks(decoder_differences, 3, "cpu", tmp_path / "meeting", folders)[0]
     assert set(differences) == {f"{name} {shape}" for name in DECODED for shape in ("wide", "tall", "small")}
     assert {name: error for name, error in differences.items() if not error < TOLERANCE} == {}
 

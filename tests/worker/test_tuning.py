@@ -33,6 +33,7 @@ def _fresh_compiler():
 # --- compiling
 
 
+@pytest.mark.long
 def test_compiled_jobs_are_drawn_right_alone_and_stacked(family_folder, tmp_path):
     requests = requests_of("wan-2.1")
     plain = DiffusionPipeline.from_pretrained(family_folder("wan-2.1"))

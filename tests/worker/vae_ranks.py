@@ -1,9 +1,5 @@
-"""One rank of a test group: ``python vae_ranks.py DEVICE RANK WORLD MEETING_FILE FOLDER...`` compares what each VAE
-decodes with all ranks and alone, and prints the differences."""
+"""One rank of a test group: compares what each VAE decodes with all ranks and alone."""
 
-import json
-import os
-import sys
 from pathlib import Path
 
 import torch
@@ -24,11 +20,12 @@ def latents_of(vae: torch.nn.Module, *, rows: int, columns: int) -> torch.Tensor
     return torch.randn(shape, generator=torch.Generator().manual_seed(3))
 
 
-def main(kind: str, rank: int, world: int, meeting_file: str, folders: list[str]) -> None:
+def decoder_differences(rank: int, world: int, kind: str, meeting_file: Path, folders: list[Path]) -> dict[str, float]:
+    """Return, on the first rank, the largest difference of each model and shape, over the spread of what is right."""
     torch.set_num_threads(1)
     device = torch.device(kind, rank) if kind == "cuda" else torch.device(kind)
     torch.backends.cudnn.allow_tf32 = False
-    meet(world, rank, device, Path(meeting_file))
+    meet(world, rank, device, meeting_file)
     mesh = arrange(Degrees(ulysses=world), rank, device)
     differences = {}
     widths: list[int] = []  # of what the last layer gets, along the longer side
@@ -37,10 +34,10 @@ def main(kind: str, rank: int, world: int, meeting_file: str, folders: list[str]
         for folder in folders:
             vae = DiffusionPipeline.from_pretrained(folder).vae.to(device)
             assert can_split(vae), type(vae).__name__
-            wide, tall = latents_of(vae, rows=4, columns=longer), latents_of(vae, rows=longer, columns=4)
+            wide, tall = latents_of(vae, rows=2, columns=longer), latents_of(vae, rows=longer, columns=2)
             cases = {"wide": wide, "tall": tall, "small": latents_of(vae, rows=4, columns=6)}
             cases = {name: latents.to(device) for name, latents in cases.items()}
-            alone = {name: vae.decode(latents).sample for name, latents in cases.items()}
+            alone = {name: vae.decode(latents).sample for name, latents in cases.items()} if rank == 0 else {}
             lengths = Lengths(mesh)
             split_decoder(vae, mesh, lengths)
             vae.decoder.conv_out.register_forward_pre_hook(lambda _, args: widths.append(max(args[0].shape[-2:])))
@@ -51,14 +48,9 @@ def main(kind: str, rank: int, world: int, meeting_file: str, folders: list[str]
                     lengths.end()
                     is_cut = widths[-1] < max(together.shape[-2:]) // (vae.config.get("patch_size") or 1)
                     assert is_cut == (name != "small"), f"{folder} {name}: {widths[-1]}"
-                    error = float((together - alone[name]).abs().max() / alone[name].std())
-                    key = f"{Path(folder).name} {name}"
-                    differences[key] = max(error, differences.get(key, 0.0))
-    if rank == 0:
-        print(json.dumps(differences), flush=True)
-    dist.barrier()
-    os._exit(0)  # the interpreter's own end may wait for ever in the destructors of gloo's groups
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], sys.argv[5:])
+                    if rank == 0:
+                        error = float((together - alone[name]).abs().max() / alone[name].std())
+                        key = f"{folder.name} {name}"
+                        differences[key] = max(error, differences.get(key, 0.0))
+    dist.barrier()  # the last may still wait for what the first has to send
+    return differences

@@ -51,6 +51,15 @@ class _Follower:
     last_outcome: Outcome | None = None
 
 
+def start_follower(descriptor: int) -> subprocess.Popen[bytes]:
+    """Start a rank that follows at a descriptor, in the leader's group: who ends the worker ends every rank of it."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "photogram.worker.parallel.follower", str(descriptor)],
+        stdin=subprocess.DEVNULL,
+        pass_fds=[descriptor],
+    )
+
+
 class Group:
     """All ranks of one worker, seen from the leader.
 
@@ -78,12 +87,7 @@ class Group:
     def _start(self, rank: int, config: WorkerConfig, first_device: int) -> _Follower:
         ours, theirs = socket.socketpair()
         with theirs:
-            # In the leader's process group: who ends the worker ends every rank of it.
-            process = subprocess.Popen(
-                [sys.executable, "-m", "photogram.worker.parallel.follower", str(theirs.fileno())],
-                stdin=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
-            )
+            process = start_follower(theirs.fileno())
         follower = _Follower(rank, process, Link(ours, cast(type[Reply], Reply)))
         device = f"cuda:{first_device + rank}" if self._device.type == "cuda" else "cpu"
         follower.link.send(Join(config, self._degrees, rank, device, self._meeting_file))
