@@ -36,6 +36,8 @@ def test_offloaded_components_draw_the_same_and_are_in_host_memory_between_calls
 
 def test_layers_that_are_away_are_in_pinned_memory(family_folder, tmp_path):
     studio = Studio(family_folder("flux-1"), tmp_path, dit_layerwise_offload=True)
-    block = studio.served.modules["transformer"].module.transformer_blocks[0]
-    assert not on_device(block)
-    assert all(parameter.data.is_pinned() for parameter in block.parameters())
+    transformer = studio.served.modules["transformer"].module
+    for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
+        assert not on_device(block)
+        assert all(parameter.data.is_pinned() for parameter in block.parameters())
+    assert on_device(transformer.x_embedder)

@@ -147,7 +147,7 @@ def test_layers_that_come_in_one_by_one_compute_the_same_and_two_slots_hold_them
 
     expected = run()
     tensors = blocks[0].state_dict().values()
-    layers = Layerwise(blocks, CPU, pin=False)
+    layers = Layerwise(torch.nn.ModuleList(blocks), blocks, CPU, pin=False)
     assert layers.slot_bytes <= sum(tensor.numel() * tensor.element_size() + 256 for tensor in tensors)
     for _ in range(3):
         torch.testing.assert_close(run(), expected, rtol=0, atol=0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 from diffusers import DiffusionPipeline
@@ -55,8 +55,7 @@ def offload_to(
     for name, module in wanted.items():
         if module.is_denoiser and placement.dit_layerwise_offload:
             blocks = _blocks(module.module)
-            _move_all_but(blocks, module.module, device)
-            layers = Layerwise(blocks, device, pin=pin)
+            layers = Layerwise(module.module, blocks, device, pin=pin)
             if module.loras is not None:
                 module.loras.weights.wait_in(layers)
             _let_its_device_be(module.module, device)
@@ -83,14 +82,6 @@ def _let_its_device_be(network: torch.nn.Module, device: torch.device) -> None:
     network.__class__ = type(
         cls.__name__, (cls,), {"device": property(lambda self: device), "__module__": cls.__module__}
     )
-
-
-def _move_all_but(blocks: Iterable[torch.nn.Module], network: torch.nn.Module, device: torch.device) -> None:
-    """Move what a network has outside these blocks, which may not fit, to the device."""
-    stay = {id(tensor) for block in blocks for tensor in (*block.parameters(), *block.buffers())}
-    for tensor in (*network.parameters(), *network.buffers()):
-        if id(tensor) not in stay:
-            tensor.data = tensor.data.to(device)
 
 
 def is_offloaded(name: str, placement: Placement) -> bool:

@@ -26,7 +26,7 @@ class HostWeights:
     def __init__(self, modules: Sequence[torch.nn.Module], device: torch.device, *, pin: bool) -> None:
         """Move the weights out. `pin` asks for pinned memory, which is given up with a warning when refused."""
         self._device = device
-        found = (tensor for module in modules for tensor in (*module.parameters(), *module.buffers()))
+        found = (tensor for module in modules for tensor in _tensors_of(module))
         tensors = list({id(tensor): tensor for tensor in found if tensor.numel()}.values())
         places, self.num_bytes = lay_out(tensor.data for tensor in tensors)
         self._places: dict[torch.Tensor, Place] = dict(zip(tensors, places, strict=True))  # by identity
@@ -160,10 +160,20 @@ class Visitors:
 
 
 class Layerwise:
-    """A denoiser whose blocks pass through two slots on the device, the next one copied while this one computes."""
+    """A denoiser whose blocks pass through two slots on the device, the next one copied while this one computes.
 
-    def __init__(self, blocks: Sequence[torch.nn.Module], device: torch.device, *, pin: bool) -> None:
+    What is outside the blocks is on the device for good.
+    """
+
+    def __init__(
+        self, denoiser: torch.nn.Module, blocks: Sequence[torch.nn.Module], device: torch.device, *, pin: bool
+    ) -> None:
         self._weights = [HostWeights([block], device, pin=pin) for block in blocks]
+        # Not `denoiser.to(device)`: for a while it would need the room of all blocks.
+        inside = {id(tensor) for block in blocks for tensor in _tensors_of(block)}
+        for tensor in _tensors_of(denoiser):
+            if id(tensor) not in inside:
+                tensor.data = tensor.data.to(device)
         self._device = device
         self.slot_bytes = max(weights.num_bytes for weights in self._weights)
         self._slots = [torch.empty(self.slot_bytes, dtype=torch.uint8, device=device) for _ in range(2)]
@@ -233,3 +243,8 @@ class Layerwise:
             event = torch.cuda.Event()
             event.record(self._copying)
             self._copied[slot] = event
+
+
+def _tensors_of(module: torch.nn.Module) -> Iterator[torch.Tensor]:
+    yield from module.parameters()
+    yield from module.buffers()

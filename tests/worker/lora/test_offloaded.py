@@ -138,7 +138,7 @@ class Offloaded:
             self.visitor = Visitors().add("transformer", self.network, CPU, pin=False, stays=True)
             self.weights.come_and_go(self.visitor)
         elif kind == "layer by layer":
-            self.weights.wait_in(Layerwise(self.network.blocks, CPU, pin=False))
+            self.weights.wait_in(Layerwise(self.network, self.network.blocks, CPU, pin=False))
 
     def leave(self) -> None:
         if self.visitor is not None:
