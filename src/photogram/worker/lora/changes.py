@@ -72,7 +72,8 @@ class LowRank(Change):
         return self.magnitude is None
 
     def fits(self, weight: torch.Tensor) -> bool:
-        outputs, inputs = weight.shape[0], weight[0].numel() if weight.dim() > 1 else 0
+        # Of the shape alone: a weight that waits in host memory cannot be looked into from another thread.
+        outputs, inputs = weight.shape[0], weight.shape[1:].numel() if weight.dim() > 1 else 0
         has_magnitude = self.magnitude is None or self.magnitude.shape == (outputs,)
         return self.down.shape[1] == inputs and self.up.shape == (outputs, self.rank) and has_magnitude
 
