@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
+from photogram.core.errors import GenerationFailed
 from photogram.core.messages import Failed, Finished, Progress
 from photogram.core.request import GenerateRequest
 
@@ -139,6 +140,22 @@ def test_a_partial_picture_that_cannot_be_made_does_not_cost_the_job(studio):
     assert drawn.failure is None
     assert drawn.previews == []
     assert (drawn.frames == expected).all()
+
+
+def test_what_fails_once_networks_have_run_is_not_said_of_the_request(studio):
+    denoiser = studio.served.modules["transformer"]
+    real = denoiser.real["forward"]
+
+    def broken(*args, **kwargs):
+        raise ValueError("expected more than one value")
+
+    denoiser.real["forward"] = broken
+    try:
+        failure = studio.draw([request()])["job"].failure
+    finally:
+        denoiser.real["forward"] = real
+    assert failure.code == GenerationFailed.code
+    assert "ValueError: expected more than one value" in failure.message
 
 
 def test_cancel_takes_effect_at_the_next_call(studio):

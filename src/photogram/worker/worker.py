@@ -399,8 +399,9 @@ class Worker:
         return (request.width // side) * (request.height // side) * latent_frames
 
     def _fail(self, job: Job, error: Exception) -> None:
+        failure = self._failure(job.job_id, error)  # which asks how far the job has come
         self._end(job)
-        self._emit(self._failure(job.job_id, error))
+        self._emit(failure)
 
     def _failure(self, job_id: str, error: Exception) -> Failed:
         if isinstance(error, ServiceError):
