@@ -6,13 +6,14 @@ label's values grow with the traffic: no ids, prompts, keys or paths.
 
 from __future__ import annotations
 
+import asyncio
 import platform
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
 
-from prometheus_client import CollectorRegistry, Metric, ProcessCollector
+from prometheus_client import Metric, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, InfoMetricFamily
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
@@ -27,28 +28,24 @@ KINDS: tuple[JobKind, ...] = ("image", "video")
 PASS_BOUNDS = (1, 2, 4, 8, 16, 32, 64)
 
 
-class Metrics(Collector):
-    """Everything that `GET /metrics` tells."""
+class Metrics:
+    """Everything that `GET /metrics` tells. Lives on the event loop."""
 
     def __init__(self, engine: Engine, service: Service, requests: RequestTally) -> None:
         self._engine = engine
         self._service = service
         self._requests = requests
         self._began = time.monotonic()
-        self._registry = CollectorRegistry(auto_describe=False)
-        self._registry.register(self)
-        ProcessCollector(registry=self._registry)
+        self._process = ProcessCollector(registry=None)
 
-    def render(self, accept: str) -> tuple[bytes, str]:
-        """Return the page in the format that an ``Accept`` header prefers, and its content type."""
+    async def page(self, accept: str) -> tuple[bytes, str]:
+        """Return all numbers in the format that an ``Accept`` header prefers, and its content type."""
         encode, content_type = choose_encoder(accept)
-        return encode(self._registry), content_type
+        numbers = _Numbers([*self._all(), *self._process.collect()])
+        # Writing a thousand samples down takes many times what another request should wait.
+        return await asyncio.to_thread(encode, numbers), content_type
 
-    def describe(self) -> Iterator[Metric]:
-        """Nothing: the names are not needed before the first page, and the registry has no other user."""
-        return iter(())
-
-    def collect(self) -> Iterator[Metric]:
+    def _all(self) -> Iterator[Metric]:
         yield from self._server()
         yield from self._http()
         yield from self._jobs_at_hand()
@@ -156,6 +153,16 @@ class Metrics(Collector):
                 memory.add_metric((worker, "reserved"), figures.memory.reserved_bytes)
                 memory.add_metric((worker, "total"), figures.memory.total_bytes)
         yield from (passes, switches, memory)
+
+
+class _Numbers(Collector):
+    """The numbers of one moment."""
+
+    def __init__(self, metrics: Iterable[Metric]) -> None:
+        self._metrics = metrics
+
+    def collect(self) -> Iterable[Metric]:
+        return self._metrics
 
 
 def _add(family: HistogramMetricFamily, labels: Sequence[str], distribution: Distribution) -> None:

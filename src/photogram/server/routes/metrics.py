@@ -18,7 +18,7 @@ def metrics_routes(config: ServeConfig, metrics: Metrics, keys: Keys) -> list[Ro
         # The load of the whole server is no affair of each key's holder.
         if not config.open_metrics:
             keys.require_admin(request.headers)
-        page, content_type = metrics.render(request.headers.get("accept", ""))
+        page, content_type = await metrics.page(request.headers.get("accept", ""))
         return Response(page, headers={"content-type": content_type})
 
     return [Route(METRICS_PATH, scrape)]
