@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
+from hypothesis import Phase, example, given, settings
+from hypothesis import strategies as st
 from tests.scheduler.shapes import MIDDLE, SMALL
 from tests.scheduler.simulator import Fifo, Shape, SimJob, simulate
 
@@ -190,3 +194,67 @@ def test_passes_may_be_reported_after_their_jobs_went_on():
     scheduler.submit(JobTicket(job_id="c", owner="o", arrived_at=0.5, expected_steps=5, size_hint=1.0), 0.5)
     # A batch of two took 0.1 s; no lone call was seen, so half of that is taken not to depend on the batch.
     assert scheduler.eta_s("c", 0.5) == pytest.approx(5 * 0.075 / 1.5, rel=0.6)
+
+
+@settings(max_examples=12, deadline=None, phases=[Phase.explicit, Phase.generate])
+@given(
+    many=st.integers(20, 60),
+    marginal=st.sampled_from([0.3, 0.6, 1.0]),
+    steps=st.integers(10, 30),
+    max_batch_size=st.sampled_from([2, 4, 8]),
+    arrives_at=st.floats(0, 5),
+)
+@example(many=50, marginal=0.6, steps=20, max_batch_size=8, arrives_at=0.5)
+def test_an_owner_of_few_jobs_gets_its_share_of_shared_passes(many, marginal, steps, max_batch_size, arrives_at):
+    """Places in a pass go to owners by what they have had, not by how many jobs they have waiting."""
+    shape = Shape(name="clip", size_hint=1e6, call_s=0.2, marginal=marginal, encode_s=0.05, decode_s=0.3)
+    crowd = [SimJob(job_id=f"m{i}", shape=shape, steps=steps, arrives_at=0.0, owner="many") for i in range(many)]
+    few = [SimJob(job_id=f"f{i}", shape=shape, steps=steps, arrives_at=arrives_at, owner="few") for i in range(5)]
+    config = SchedulerConfig(max_batch_size=max_batch_size)
+    simulate(Scheduler(config), crowd + few, max_batch_size=max_batch_size)
+    num = max_batch_size
+    longest_pass_s = shape.call_s * (1 + (num - 1) * marginal)
+    batch_s = steps * shape.calls_per_step * longest_pass_s + num * (shape.encode_s + shape.decode_s)
+    # Half of the places are enough for five jobs in so many batches; one more was on its way when they came, and what
+    # an owner may lag behind comes on top.
+    num_batches = math.ceil(2 * len(few) / num)
+    slack_s = max(config.fairness_slack_s, config.fairness_sizes * crowd[0].alone_s)
+    assert max(job.latency_s for job in few) <= (num_batches + 1) * batch_s + slack_s
+
+
+def test_places_of_a_pass_even_out_between_owners_with_work():
+    scheduler = Scheduler(SchedulerConfig(max_batch_size=4))
+    at_denoise(scheduler, [f"many{i}" for i in range(9)], owner="many")
+    at_denoise(scheduler, [f"few{i}" for i in range(3)], owner="few")
+    places = {"many": 0, "few": 0}
+    for _ in range(20):
+        plan = scheduler.next_plan(0.0)
+        assert isinstance(plan, Run)
+        assert len(plan.job_ids) == 4
+        assert scheduler.ran(plan, 1.0, 0.0) == ()
+        for job_id in plan.job_ids:
+            places[job_id.rstrip("0123456789")] += 1
+            again(scheduler, job_id)
+    assert abs(places["many"] - places["few"]) <= 4
+
+
+def test_jobs_about_to_be_done_ride_first_within_an_owner():
+    """Filling passes by owners leaves the order of one owner's own jobs as it is."""
+    scheduler = Scheduler(SchedulerConfig(max_batch_size=2))
+    at_denoise(scheduler, ["long", "short", "middle"], owner="one")
+    at_denoise(scheduler, ["other"], owner="other")
+    plan = scheduler.next_plan(0.0)
+    scheduler.ran(plan, 0.2, 0.0)
+    for job_id in plan.job_ids:
+        again(scheduler, job_id)
+    for job_id, step in (("long", 1), ("short", 8), ("middle", 4), ("other", 2)):
+        scheduler.stepped(job_id, step, 10)
+    rode = []
+    for _ in range(4):
+        plan = scheduler.next_plan(0.0)
+        rode += [job_id for job_id in plan.job_ids if job_id != "other"]
+        scheduler.ran(plan, 0.2, 0.0)
+        for job_id in plan.job_ids:
+            again(scheduler, job_id)
+    assert rode[0] == "short"
+    assert "long" not in rode

@@ -75,11 +75,13 @@ class FairShare:
         owner.tag = max(owner.tag, self.virtual_s - self.slack_s) + seconds
         self.virtual_s += seconds / max(1, self._num_active)
 
-    def finish_tag(self, owner: Owner, remaining_s: float) -> float:
+    def finish_tag(self, owner: Owner, remaining_s: float, ahead_s: float = 0.0) -> float:
         """Return the virtual time at which the owner's job is due that needs `remaining_s` more.
 
-        Neither lateness up to the slack nor need beyond it count, so a wrong estimate costs an owner no more.
+        `ahead_s` is service that the owner is about to get and was not charged with yet. Neither lateness up to the
+        slack nor need beyond it count, so a wrong estimate costs an owner no more.
         """
-        late = owner.tag < self.virtual_s - self.slack_s
-        start = self.virtual_s - self.slack_s if late else max(owner.tag, self.virtual_s)
+        tag = owner.tag + ahead_s
+        late = tag < self.virtual_s - self.slack_s
+        start = self.virtual_s - self.slack_s if late else max(tag, self.virtual_s)
         return start + min(remaining_s, self.slack_s)

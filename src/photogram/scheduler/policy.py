@@ -20,7 +20,8 @@ Each owner sends the best of its jobs, then the owners' best are compared; the g
    jobs of the mixed workload in `tests/scheduler/test_mixed_load.py` take 2.5 times as long.
 
 *Between owners*: priority, needing no switch, phase, then the least virtual finish time, as `fairness.py` tells. How
-old an owner's backlog is has no say there.
+old an owner's backlog is has no say there. The places of a shared pass are given out one by one in the same way, each
+place that an owner gets counting at once.
 
 Calls of the last call's key count as `stickiness` times better, against needless switching of weights.
 """

@@ -296,15 +296,44 @@ class Scheduler:
                 and self._held.may_share(call, job.call)
             ]
             size = self._batches.size(call.kind, 1 + len(others), call.bytes_per_call)
-            if size <= len(others):
-                others.sort(key=lambda job: (*self._policy.standing(job, now, top), -job.sequence), reverse=True)
-            members += others[: size - 1]
+            members += others if size > len(others) else self._riders(lead, others, size - 1, now, top)
         for job in members:
             job.state = "running"
             del self._waiting[job.ticket.job_id]
         if call.phase == "denoise":
             self._last_key, self._last_lead = call.key, lead
         return Run(tuple(job.ticket.job_id for job in members), call.kind, call.phase, lead.ticket.size_hint)
+
+    def _riders(self, lead: Job, others: list[Job], num: int, now: float, top: int) -> list[Job]:
+        """Return the `num` jobs that share the lead's pass, out of more that could.
+
+        Place by place: each owner offers its best, and they are compared as in `_first`, with what this pass has
+        given to each already on its account. Else the owner of most jobs would get most of every pass.
+        """
+        assert lead.call is not None
+        fair = self.config.order == "fair"
+        lines: dict[str, list[tuple[Standing, int, Job]]] = {}
+        for job in others:
+            standing = self._policy.standing(job, now, top)
+            lines.setdefault(job.owner.name if fair else "", []).append((standing, -job.sequence, job))
+        for line in lines.values():
+            line.sort()
+        place_s = (self._call_costs.expected(lead.call.kind, num + 1) or 0.0) / (num + 1)
+        given_s = dict.fromkeys(lines, 0.0)
+        given_s[lead.owner.name if fair else ""] = place_s
+
+        def across(name: str) -> tuple[float, ...]:
+            (level, _, ratio), place_in_line, job = lines[name][-1]
+            return level, -self._shares.finish_tag(job.owner, job.remaining_s, given_s[name]), ratio, place_in_line
+
+        riders: list[Job] = []
+        for _ in range(num):
+            name = max(lines, key=across) if fair else ""
+            riders.append(lines[name].pop()[-1])
+            given_s[name] += place_s
+            if not lines[name]:
+                del lines[name]
+        return riders
 
     def _charge(self, job_ids: tuple[str, ...], seconds: float) -> None:
         """Book the time: a share to each member's owner, and none of it counts as waiting."""
