@@ -115,6 +115,15 @@ def test_what_is_added_to_a_clip_is_heard_after_what_was_heard_before(sounding):
     assert np.sqrt(np.mean((after - before) ** 2)) < 0.15
 
 
+def test_a_prompt_is_not_enhanced_without_the_processor_that_this_takes(sounding):
+    answer = httpx.post(
+        f"{sounding.url}/v1/videos", json={"prompt": "a red circle", "enable_prompt_enhancement": True}, timeout=60
+    )
+    assert answer.status_code == 400, answer.text
+    error = answer.json()["error"]
+    assert (error["code"], error["param"]) == ("unsupported_by_model", "enable_prompt_enhancement")
+
+
 def test_a_picture_of_a_model_with_sound_leaves_nothing_in_shared_memory(sounding):
     picture = sounding.client().images.generate(prompt="a red circle", size="64x64")
     assert picture.data[0].b64_json

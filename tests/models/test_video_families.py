@@ -46,6 +46,14 @@ CARDS = {
 }
 
 
+def test_card_says_which_switches_the_checkpoint_lacks_the_component_for(family_folder, tmp_path):
+    bare = Studio(family_folder("ltx-2"), tmp_path).card
+    assert bare.lacking == {"enable_prompt_enhancement": "processor"}
+    assert "enable_prompt_enhancement" not in bare.parameters
+    assert "system_prompt" in bare.parameters
+    assert Studio(family_folder("wan-2.1"), tmp_path).card.lacking == {}
+
+
 @pytest.mark.parametrize("name", CARDS)
 def test_card_of_a_loaded_video_model(name, family_folder, tmp_path):
     card = Studio(family_folder(name), tmp_path).card

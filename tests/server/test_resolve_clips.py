@@ -176,6 +176,19 @@ def test_a_model_of_prompts_refuses_a_picture_and_names_the_field():
     assert (error.param, error.code) == ("input_reference", "unsupported_by_model")
 
 
+@pytest.mark.parametrize("on", [True, "true", 1])
+def test_a_switch_for_which_the_checkpoint_lacks_the_component_is_refused_by_its_name(on):
+    bare = card(lacking={"enable_prompt_enhancement": "processor"})
+    error = refused({"enable_prompt_enhancement": on}, card=bare)
+    assert (error.status, error.param, error.code) == (400, "enable_prompt_enhancement", "unsupported_by_model")
+    assert "'processor'" in error.message
+    for off in (False, "false", None):
+        made = resolve({"enable_prompt_enhancement": off}, card=bare)
+        assert (made.drawing.request.extra, made.ignored) == ({}, ())
+    whole = card(parameters={"enable_prompt_enhancement": "bool"})
+    assert request({"enable_prompt_enhancement": on}, card=whole).extra == {"enable_prompt_enhancement": True}
+
+
 def test_a_model_of_pictures_demands_one():
     error = refused({}, card=card(tasks=("I2V",)))
     assert (error.param, error.code) == ("input_reference", "missing_required_parameter")

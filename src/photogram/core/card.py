@@ -49,6 +49,7 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     default_fps: int | None = None
     quality_steps: dict[str, int] = {}  # OpenAI's quality word -> steps
     parameters: dict[str, ParameterKind] = {}
+    lacking: dict[str, str] = {}  # switches of the call that need a component which this checkpoint has not -> which
     defaults: dict[str, JSONValue] = {}  # of `parameters`, where the model wants another than its pipeline's
     lora_modules: tuple[str, ...] = ()  # components that LoRAs can change, the main denoiser first; none: no support
     tuning: tuple[str, ...] = ()  # what the worker did to make it fast, a line each

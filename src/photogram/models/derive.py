@@ -19,7 +19,7 @@ from ..core.card import ModelCard, ParameterKind
 from ..core.errors import ConfigError
 from ..core.request import Task
 from .checkpoint import CARD_FILE, Checkpoint
-from .families import DEFAULTS, FamilyDefaults, checkpoint_defaults
+from .families import DEFAULTS, SWITCHES_NEED, FamilyDefaults, checkpoint_defaults
 from .latents import knows_latents
 from .two_stages import SCALE, TWO_STAGES, UPSAMPLER, enlarged
 from .uses import Use
@@ -83,6 +83,11 @@ def derive_card(
     if upsampler is not None:
         modules[UPSAMPLER] = upsampler
     tensors = [tensor for module in modules.values() for tensor in module.parameters()]
+    lacking = {
+        switch: component
+        for switch, component in SWITCHES_NEED.items()
+        if switch in parameters and pipeline.components.get(component) is None
+    }
     in_latents = knows_latents(pipeline)
     tasks = _tasks(uses, media, in_latents)
     card: dict[str, Any] = {
@@ -106,7 +111,10 @@ def derive_card(
         "edit_strength": EDIT_STRENGTH if media == "image" and "image" not in uses and "I2I" in tasks else None,
         "quality_steps": dict(family.quality_steps),
         "defaults": dict(family.defaults),
-        "parameters": request_parameters(parameters, guidance),
+        "parameters": {
+            name: kind for name, kind in request_parameters(parameters, guidance).items() if name not in lacking
+        },
+        "lacking": lacking,
         "precisions": {name: precision(module) for name, module in modules.items()},
         "device": str(device),
         "device_name": device_name,

@@ -133,6 +133,9 @@ NEEDS_IMAGE = frozenset(
 )
 """Pipelines that cannot do without an input image though their signature says it may be left out."""
 
+SWITCHES_NEED: Mapping[str, str] = {"enable_prompt_enhancement": "processor"}
+"""Parameters that switch on what a pipeline can do only with an optional component, and which component."""
+
 REFERENCES_AS_GIVEN = frozenset({"Flux2Pipeline", "Flux2KleinPipeline"})
 """Pipelines that look at an edit's pictures as large as they come; Kontext's and Qwen's bring them to a megapixel."""
 

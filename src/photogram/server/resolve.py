@@ -294,6 +294,9 @@ class Resolver:
         """Return the further arguments that this model takes; the names that nothing takes go to `ignored`."""
         extra: dict[str, JSONValue] = dict(card.defaults)
         for name in values.unread:
+            if name in card.lacking:
+                _check_off(name, body[name], card)
+                continue
             kind = card.parameters.get(name)
             if kind is None:
                 if name in OF_SOME_MODELS:
@@ -322,6 +325,16 @@ def _refuse_switch(body: Mapping[str, JSONValue], name: str) -> None:
     if coerce(body[name], Field(name=name, kind="bool", help=""), name):
         message = f"{name}: the served model cannot; {OF_SOME_MODELS[name]}."
         raise RequestError(message, param=name, code="unsupported_by_model")
+
+
+def _check_off(name: str, value: JSONValue, card: ModelCard) -> None:
+    """Raise RequestError where a request switches on what the checkpoint has not the component for."""
+    if coerce(value, Field(name=name, kind="bool", help=""), name):
+        raise RequestError(
+            f"'{name}': model '{card.name}' has no '{card.lacking[name]}', which this needs.",
+            param=name,
+            code="unsupported_by_model",
+        )
 
 
 def _prompt(values: Values) -> str:
