@@ -112,6 +112,44 @@ def test_a_second_denoiser_has_its_own_loras(family_folder, tmp_path):
     assert (latents("critic") == results[0]).all()
 
 
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_a_lora_for_the_second_denoiser_leaves_the_first_one_as_it_is(deterministic, family_folder, tmp_path):
+    """Wan 2.2 A14B: up to the boundary the clip is the one without LoRAs, bit for bit; from there on it is another."""
+    studio = Studio(family_folder("wan-2.2"), tmp_path)
+    layers = linears(studio.served.modules["transformer_2"].module, "blocks")
+    path = str(diffusers_file(tmp_path / "one.safetensors", "transformer", layers, rank=4))
+    plain = msgspec.structs.replace(requests_of("wan-2.2")[1], deterministic=deterministic)
+    predictions: dict[str, list[torch.Tensor]] = {}
+
+    def noting(name, real):
+        def forward(*args, **kwargs):
+            answer = real(*args, **kwargs)
+            predictions[name].append(answer[0].clone())
+            return answer
+
+        return forward
+
+    for name in ("transformer", "transformer_2"):
+        module = studio.served.modules[name]
+        module.real["forward"] = noting(name, module.real["forward"])
+
+    def drawn(*targets: str):
+        predictions.update(transformer=[], transformer_2=[])
+        uses = tuple(LoraUse(nickname="one", path=path, strength=0.2, target=target) for target in targets)
+        latents = studio.draw([msgspec.structs.replace(plain, loras=uses)])[plain.job_id].latents
+        return predictions["transformer"], predictions["transformer_2"], latents
+
+    first, second, latents = drawn()
+    assert len(first) > 1
+    assert len(second) > 1
+    first_with, second_with, latents_with = drawn("transformer_2")
+    assert all(torch.equal(one, other) for one, other in zip(first, first_with, strict=True))
+    assert all(relative_error(one, other) > 1e-3 for one, other in zip(second_with, second, strict=True))
+    assert relative_error(latents_with, latents) > 10 * MIXED_TOLERANCE
+    first_again, second_again, _ = drawn()
+    assert all(torch.equal(*pair) for pair in zip(first + second, first_again + second_again, strict=True))
+
+
 def test_packed_layers_fall_back_to_switching(family_folder, tmp_path, caplog):
     """Z-Image's embedders see the tokens of all rows in one line: whose they are cannot be told from the shape."""
     caplog.set_level("INFO")
