@@ -93,6 +93,36 @@ def make_wan_14b(folder):
     return folder
 
 
+def make_hunyuan_15(folder):
+    """HunyuanVideo 1.5, whose VAE decodes a clip in one go: 848x480 and 121 frames of it take 50 GB."""
+    index = {
+        "_class_name": "HunyuanVideo15Pipeline",
+        "text_encoder": write_part(
+            folder / "text_encoder", "transformers", "Qwen2_5_VLTextModel", {}, blocks=28, block=233_000_000,
+            outside=545_000_000,
+        ),
+        "transformer": write_part(
+            folder / "transformer",
+            "diffusers",
+            "HunyuanVideo15Transformer3DModel",
+            {"num_attention_heads": 16, "attention_head_dim": 128, "in_channels": 65, "patch_size": 1},
+            blocks=54,
+            block=150_000_000,
+            outside=200_000_000,
+        ),
+        "vae": write_part(
+            folder / "vae",
+            "diffusers",
+            "AutoencoderKLHunyuanVideo15",
+            {"block_out_channels": [128, 256, 512, 1024, 1024], "latent_channels": 32, "spatial_compression_ratio": 16,
+             "temporal_compression_ratio": 4},
+            outside=1_230_000_000,
+        ),
+    }  # fmt: skip
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
 def plan(folder, memory_gb, *, host_bytes=NOWHERE, **flags):
     config = ServeConfig(model_path=str(folder), **flags).worker(folder)
     checkpoint = find_checkpoint(str(folder), revision=None, variant=None)
@@ -122,6 +152,8 @@ def chosen(found):
         (make_wan_14b, 80, set()),
         (make_wan_14b, 48, {"text_encoder_cpu_offload"}),
         (make_wan_14b, 24, {"text_encoder_cpu_offload", "dit_layerwise_offload"}),
+        (make_hunyuan_15, 141, set()),
+        (make_hunyuan_15, 80, {"vae_tiling"}),
     ],
 )
 def test_the_cheapest_placement_that_fits_is_chosen(make, memory_gb, expected, tmp_path):
@@ -153,6 +185,16 @@ def test_what_the_operator_says_is_kept(memory_gb, tmp_path):
     assert kept.plan.placement.text_encoder_cpu_offload is False
     assert {"vae_tiling", "dit_cpu_offload"} <= chosen(kept)
     assert "dit_layerwise_offload" not in chosen(kept)
+
+
+def test_without_tiles_a_clip_that_is_decoded_whole_does_not_fit_and_the_plan_says_so(tmp_path):
+    folder = make_hunyuan_15(tmp_path)
+    whole, tiled = plan(folder, 80, vae_tiling=False), plan(folder, 80)
+    assert not whole.plan.fits
+    assert tiled.plan.fits
+    pixels = 848 * 480 * 121
+    assert whole.footprint.decode_bytes(848, 480, 121) == pixels * 2 * 256 * 2  # two times 256 channels, in bf16
+    assert tiled.footprint.decode_bytes(848, 480, 121) == 256 * 256 * 121 * 2 * 256 * 2
 
 
 def test_a_denoiser_split_over_devices_stays_on_them(tmp_path):

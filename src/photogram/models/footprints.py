@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +19,32 @@ from .sizes import BYTES_EACH, Part
 
 WIDTHS_PER_TOKEN = 10
 TILE_SIDE = 512
-TILE_FRAMES = 16
 
-FRAMES_AT_ONCE: Mapping[str, int] = {
-    "AutoencoderKLWan": 4,
-    "AutoencoderKLQwenImage": 4,
-    "AutoencoderKLCogVideoX": 8,
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decoding:
+    """Frames that a VAE decodes in one go, whole or in tiles (None: all of the clip), and a tile's side in pixels."""
+
+    frames: int | None
+    tile_side: int = TILE_SIDE
+
+
+DECODING: Mapping[str, Decoding] = {
+    # These work along the clip and carry their state.
+    "AutoencoderKLWan": Decoding(frames=4),
+    "AutoencoderKLQwenImage": Decoding(frames=4),
+    "AutoencoderKLCogVideoX": Decoding(frames=9),
+    # This one cuts it into parts that overlap.
+    "AutoencoderKLHunyuanVideo": Decoding(frames=17),
+    # Their tiles are as long as the clip. LTX's could be shorter (`use_framewise_decoding`), but diffusers 0.42 then
+    # shows all after the first part a frame late.
+    "AutoencoderKLHunyuanVideo15": Decoding(frames=None, tile_side=256),
+    "AutoencoderKLLTXVideo": Decoding(frames=None),
+    "AutoencoderKLLTX2Video": Decoding(frames=None),
 }
-"""Frames that a VAE decodes in one go, by its class; each works along the clip and carries its state."""
+"""By the VAE's class, as diffusers has them; another one is taken to decode frame by frame."""
 
-WHOLE_CLIPS = frozenset({"AutoencoderKLHunyuanVideo", "AutoencoderKLHunyuanVideo15", "AutoencoderKLLTXVideo"})
-"""VAEs that decode a clip in one go unless they work in tiles."""
+_FRAME_BY_FRAME = Decoding(frames=1)
 
 
 def footprint_of(folder: Path, parts: Sequence[Part], *, tiled: bool) -> Footprint:
@@ -40,15 +56,14 @@ def footprint_of(folder: Path, parts: Sequence[Part], *, tiled: bool) -> Footpri
     config = {} if denoiser is None else read_config(folder, denoiser.name)
     width = 0 if denoiser is None else _width(config) * BYTES_EACH[denoiser.precision]
     pixel_bytes = 0 if vae is None else _decoder_channels(vae_config) * BYTES_EACH[vae.precision]
-    name = vae_config.get("_class_name", "")
-    at_once = None if name in WHOLE_CLIPS else FRAMES_AT_ONCE.get(name, 1)
+    decoding = DECODING.get(vae_config.get("_class_name", ""), _FRAME_BY_FRAME)
     return Footprint(
         token_side=spatial * _patch(config, vae_config),
         frame_multiple=temporal,
         bytes_per_token=WIDTHS_PER_TOKEN * width,
         bytes_per_pixel=pixel_bytes,
-        frames_at_once=min(TILE_FRAMES, at_once or TILE_FRAMES) if tiled else at_once,
-        pixels_at_once=TILE_SIDE * TILE_SIDE if tiled else None,
+        frames_at_once=decoding.frames,
+        pixels_at_once=decoding.tile_side**2 if tiled else None,
     )
 
 
