@@ -294,13 +294,13 @@ class Resolver:
         """Return the further arguments that this model takes; the names that nothing takes go to `ignored`."""
         extra: dict[str, JSONValue] = dict(card.defaults)
         for name in values.unread:
-            if name in card.lacking:
-                _check_off(name, body[name], card)
-                continue
             kind = card.parameters.get(name)
             if kind is None:
-                if name in OF_SOME_MODELS:
-                    _refuse_switch(body, name)
+                if name in card.lacking:
+                    why = f"it has no '{card.lacking[name]}', which this needs"
+                    _check_off(name, body[name], f"model '{card.name}' cannot: {why}.")
+                elif name in OF_SOME_MODELS:
+                    _check_off(name, body[name], f"model '{card.name}' cannot: {OF_SOME_MODELS[name]}.")
                 elif name not in MEANINGLESS_FIELDS:
                     ignored.append(name)
                 continue
@@ -320,21 +320,10 @@ class Resolver:
         )
 
 
-def _refuse_switch(body: Mapping[str, JSONValue], name: str) -> None:
-    """Refuse what the served model cannot be switched to; switched off, it is as asked."""
-    if coerce(body[name], Field(name=name, kind="bool", help=""), name):
-        message = f"{name}: the served model cannot; {OF_SOME_MODELS[name]}."
-        raise RequestError(message, param=name, code="unsupported_by_model")
-
-
-def _check_off(name: str, value: JSONValue, card: ModelCard) -> None:
-    """Raise RequestError where a request switches on what the checkpoint has not the component for."""
+def _check_off(name: str, value: JSONValue, why: str) -> None:
+    """Raise RequestError where a request switches on what the served model cannot; switched off, it is as asked."""
     if coerce(value, Field(name=name, kind="bool", help=""), name):
-        raise RequestError(
-            f"'{name}': model '{card.name}' has no '{card.lacking[name]}', which this needs.",
-            param=name,
-            code="unsupported_by_model",
-        )
+        raise RequestError(f"'{name}': {why}", param=name, code="unsupported_by_model")
 
 
 def _prompt(values: Values) -> str:
