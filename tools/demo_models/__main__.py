@@ -97,14 +97,16 @@ def _video(run: Run, distil_seconds: float, rate: float) -> None:
     trainer = VideoTrainer(run, tokenizer, seed=int(time.time()) % 9973, layouts=LATE if last else EARLY)
     if (run.folder / "video_base.safetensors").exists():
         trainer.load("video_base")
-    if run.device.type == "cuda":
-        trainer.compile(sampling=last)
+    optimizer = trainer.new_optimizer()
+    trainer.record(optimizer)
     while not (run.folder / "video_vae.safetensors").exists():
         time.sleep(0.5)
     trainer.load_autoencoder()
     trainer.fill()
     scoring = 0 if run.smoke else 25
-    trainer.train(run.seconds - distil_seconds - scoring * (1.6 if last else 1), rate, "video_base", settle=last)
+    trainer.train(
+        optimizer, run.seconds - distil_seconds - scoring * (1.6 if last else 1), rate, "video_base", settle=last
+    )
     if last:
         guidance = best_guidance(trainer, tokenizer)
         distil(trainer, guidance, run.seconds - scoring, "video_distilled")

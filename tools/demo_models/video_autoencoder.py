@@ -1,7 +1,10 @@
 """Trains the video model's autoencoder on whole clips; no transformer is worth training before it passes its gate."""
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from random import Random
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +13,7 @@ from diffusers import AutoencoderKLWan
 from .feed import Feed, group
 from .image_autoencoder import psnr
 from .optimizer import Muon, WeightAverage
+from .recorded import Recorded
 from .render import Params
 from .run import Run, load_weights, save_weights
 from .video_model import ACTIVATION, LatentScale, decode_latents, encode_moments, new_autoencoder, train_on_whole_clips
@@ -18,15 +22,35 @@ from .video_tokenizer import END_ID
 
 _LEARNING_RATE = 5e-3
 _KL_WEIGHT = 2e-4
-# Drawn height and width, clips drawn, windows cut from each, frames, windows' side (None: the whole picture).
-_Stage = tuple[tuple[int, int], int, int, int, int | None]
-_SMALL: _Stage = ((128, 128), 24, 4, 9, 64)
-_CLOSE: _Stage = ((192, 192), 24, 4, 9, 64)
-_MIDDLE: _Stage = ((144, 256), 12, 2, 17, 96)
-_SQUARE: _Stage = ((128, 128), 20, 1, 17, None)
-_WIDE: _Stage = ((144, 256), 10, 1, 17, None)
-_EARLY, _LATE = (_SMALL, _CLOSE, _SMALL, _SQUARE), (_MIDDLE, _WIDE, _CLOSE, _SQUARE)
-_TINY: _Stage = ((64, 64), 2, 1, 9, 32)
+
+
+@dataclass(frozen=True, slots=True)
+class _Stage:
+    """One kind of step: `num_windows` windows of `side` pixels (None: all of it) from each clip drawn at `drawn`.
+
+    With `half` a latent of half the size should mean the clip at half the size: it keeps the latent space smooth.
+    """
+
+    drawn: tuple[int, int]
+    num_clips: int
+    num_windows: int
+    frames: int
+    side: int | None = None
+    half: bool = False
+
+    @property
+    def shape(self) -> tuple[int, int, int, int, int]:
+        height, width = self.drawn if self.side is None else (self.side, self.side)
+        return (self.num_clips * self.num_windows, 3, self.frames, height, width)
+
+
+_SMALL, _CLOSE = _Stage((128, 128), 24, 4, 9, 64), _Stage((192, 192), 24, 4, 9, 64)
+_MIDDLE = _Stage((144, 256), 12, 2, 17, 96)
+_SQUARE, _WIDE = _Stage((128, 128), 20, 1, 17), _Stage((144, 256), 10, 1, 17)
+_HALF = replace(_SQUARE, half=True)
+_EARLY = {_SMALL: 0.4, _CLOSE: 0.2, _SQUARE: 0.3, _HALF: 0.1}
+_LATE = {_CLOSE: 0.2, _MIDDLE: 0.2, _SQUARE: 0.25, _WIDE: 0.25, _HALF: 0.1}
+_SMOKE = {_Stage((64, 64), 2, 1, 9, 32): 0.5, _Stage((64, 64), 2, 1, 9, 32, half=True): 0.5}
 
 
 def _vary(p: Params) -> Params:
@@ -62,14 +86,14 @@ def _part(p: Params, frames: int) -> Params:
     return p | {key: p[key][:, start : start + frames] for key in THINGS}
 
 
-def _windows(clips: torch.Tensor, num: int, side: int | None) -> torch.Tensor:
-    """`num` random square windows of each clip."""
-    if side is None:
+def _windows(clips: torch.Tensor, stage: _Stage) -> torch.Tensor:
+    """The stage's random square windows of each clip."""
+    if stage.side is None:
         return clips
     cuts = []
-    for _ in range(num):
-        y, x = (int(torch.randint(0, limit - side + 1, ())) for limit in clips.shape[3:])
-        cuts.append(clips[..., y : y + side, x : x + side])
+    for _ in range(stage.num_windows):
+        y, x = (int(torch.randint(0, limit - stage.side + 1, ())) for limit in clips.shape[3:])
+        cuts.append(clips[..., y : y + stage.side, x : x + stage.side])
     return torch.cat(cuts)
 
 
@@ -104,61 +128,82 @@ class AutoencoderTrainer:
             load_weights(earlier, {"vae": self.vae, "scale": self.scale})
         train_on_whole_clips(self.vae)
         self._pool = [self._fresh() for _ in range(2 if run.smoke else 12)]
+        self._square = torch.zeros((), device=run.device)
+        self._recorded: dict[_Stage, Recorded] = {}
 
     def _fresh(self) -> Params:
         return group(self._feed.get(self.run.device), "target.")
 
+    @torch.no_grad()
     def _batch(self, stage: _Stage, step: int) -> torch.Tensor:
-        (height, width), num, windows, frames, side = stage
         scenes = self._pool[step % len(self._pool)]
-        index = torch.randint(0, scenes["x"].shape[0], (num,), device=self.run.device)
+        index = torch.randint(0, scenes["x"].shape[0], (stage.num_clips,), device=self.run.device)
         chosen = {key: value[index] for key, value in scenes.items()}
-        clips = render_clips(_vary(_part(chosen, frames)), height, width)
-        return _toned(_windows(clips, windows, side))
+        clips = render_clips(_vary(_part(chosen, stage.frames)), *stage.drawn)
+        return _toned(_windows(clips, stage))
 
-    def _loss(self, x: torch.Tensor, *, half: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Loss, KL term, the clips to reach and the clips reached."""
+    def _loss(self, x: torch.Tensor, *, half: bool) -> torch.Tensor:
+        """The loss on clips x; their mean square error is left in `_square`."""
         with self.run.autocast():
             mean, log_variance = encode_moments(self.vae, x)
             z = mean + torch.randn_like(mean) * (0.5 * log_variance).exp()
-            if half:  # a smaller latent should mean a smaller picture: keeps the latent space smooth
+            if half:
                 z, x = (F.avg_pool3d(clips, (1, 2, 2)) for clips in (z, x))
             y = decode_latents(self.vae, z)
         kl = 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).mean()
-        loss = (y - x).abs().mean() + 0.5 * _edge_error(y, x) + ((y - x) ** 2).mean()
-        return (0.25 if half else 1.0) * loss + _KL_WEIGHT * kl, kl, x, y
+        square = ((y - x) ** 2).mean()
+        self._square.copy_(square.detach())
+        loss = (y - x).abs().mean() + 0.5 * _edge_error(y, x) + square
+        return (0.25 if half else 1.0) * loss + _KL_WEIGHT * kl
+
+    def _gradients(self, stage: _Stage, optimizer: Muon) -> Recorded:
+        """The computation of a stage's gradients, recorded at its first use."""
+        if stage not in self._recorded:
+
+            def compute(inputs: dict[str, torch.Tensor]) -> None:
+                optimizer.zero_gradients()
+                self._loss(inputs["x"], half=stage.half).backward()
+
+            before = self.run.elapsed
+            self._recorded[stage] = Recorded(self.run, compute, {"x": torch.zeros(stage.shape, device=self.run.device)})
+            self.run.log(f"{stage}: {self.run.elapsed - before:.1f} s to record")
+        return self._recorded[stage]
 
     def train(self, until: float) -> int:
         """Train until `run.elapsed` reaches `until`; ends on the averaged weights. Returns the steps taken."""
-        run, optimizer, average = self.run, _optimizer(self.vae), WeightAverage([self.vae])
+        run, rng, optimizer = self.run, Random(1), _optimizer(self.vae)
+        average = WeightAverage([self.vae])
         peak = _LEARNING_RATE * (0.5 if self.resumed else 1.0)
-        step, start, shown, saved = 0, run.elapsed, run.elapsed, run.elapsed
-        since = 0
+        step, start = 0, run.elapsed
+        shown = saved = (run.elapsed, 0)
         while True:
             progress = (run.elapsed - start) / max(1.0, until - start)
-            if progress >= 1 or (run.smoke and step >= 3):
+            if progress >= 1 or (run.smoke and step >= 4):
                 break
             rate = peak * min(1, (step + 1) / 60) * (1 if progress < 0.3 else max(0.02, (1 - progress) / 0.7))
             if step % 3 == 0:
                 self._pool[(step // 3) % len(self._pool)] = self._fresh()
-            stages = _EARLY if progress < 0.5 and not self.resumed else _LATE
-            with torch.no_grad():
-                x = self._batch(_TINY if run.smoke else stages[step % 4], step)
-            loss, kl, target, y = self._loss(x, half=step % 7 == 6)
-            loss.backward()
+            stages = _SMOKE if run.smoke else _EARLY if progress < 0.35 and not self.resumed else _LATE
+            stage = rng.choices(list(stages), list(stages.values()))[0]
+            self._gradients(stage, optimizer)({"x": self._batch(stage, step)})
             optimizer.step(rate, rate * 0.25)
-            average.update(0.996)
+            average.update(0.996 if progress < 0.6 else 0.9985)
             step += 1
-            if step in (1, 2, 20) or run.elapsed - shown > 10:
-                run.log(f"step {step} {tuple(x.shape)} psnr {psnr(target, y.detach()):.2f} kl {float(kl.detach()):.3f} "
-                        f"{1000 * (run.elapsed - shown) / (step - since):.0f} ms")  # fmt: skip
-                shown, since = run.elapsed, step
-            if run.elapsed - saved > 50:
-                average.swap()
-                self.save("video_vae_part", {"steps": step})
-                average.swap()
-                saved = run.elapsed
+            if step % 25 == 0 or run.smoke:
+                if run.device.type == "cuda":
+                    torch.cuda.current_stream().synchronize()  # the clock should read what has been done
+                if run.elapsed - shown[0] > 10 or step == 25 or run.smoke:
+                    decibels = 10 * math.log10(4 / max(float(self._square), 1e-9))
+                    each_ms = 1000 * (run.elapsed - shown[0]) / (step - shown[1])
+                    run.log(f"step {step} {stage.shape} psnr {decibels:.2f} {each_ms:.0f} ms")
+                    shown = (run.elapsed, step)
+                if run.elapsed - saved[0] > 50:
+                    average.swap()
+                    self.save("video_vae_part", {"steps": step})
+                    average.swap()
+                    saved = (run.elapsed, step)
         average.swap()
+        self._recorded.clear()
         return step
 
     @torch.no_grad()

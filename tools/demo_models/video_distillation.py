@@ -9,6 +9,7 @@ from tokenizers import Tokenizer
 from .feed import MAX_TOKENS
 from .image_autoencoder import psnr
 from .optimizer import WeightAverage
+from .recorded import Tensors
 from .video_score import ClipSpec, ClipVerdict, benchmark, by_motion, draw_ideal, score_clips, summary
 from .video_tokenizer import END_ID
 from .video_trainer import SMALL, SQUARE, WIDE, Layout, VideoTrainer, drop_text, frame_error, shifted
@@ -90,18 +91,18 @@ class _Teacher:
         for i, parameter in enumerate(self._parameters):
             parameter.data, self._weights[i] = self._weights[i], parameter.data
 
-    @torch.no_grad()
-    def average_velocity(self, x: torch.Tensor, u_B: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Average velocity from position u to one student's step later, by two Euler steps."""
+    def average_velocity(self, x: torch.Tensor, u_B: torch.Tensor, batch: Tensors) -> torch.Tensor:
+        """Average velocity from position u to one student's step later, by two Euler steps.
+
+        Gradients are on and the result is detached: so code compiled for training serves the teacher too.
+        """
         self._exchange()
         try:
-            return self._average_velocity(x, u_B, batch, substeps=2)
+            return self._average_velocity(x, u_B, batch, substeps=2).detach()
         finally:
             self._exchange()
 
-    def _average_velocity(
-        self, x: torch.Tensor, u_B: torch.Tensor, batch: dict[str, torch.Tensor], substeps: int
-    ) -> torch.Tensor:
+    def _average_velocity(self, x: torch.Tensor, u_B: torch.Tensor, batch: Tensors, substeps: int) -> torch.Tensor:
         model, given = self._trainer, batch["given"]
         text = model.text(batch["ids"], batch["lengths"], 512)
         empty = model.text(*drop_text(batch["ids"], batch["lengths"], 1.0), 512)
@@ -109,9 +110,9 @@ class _Teacher:
         y = x
         for i in range(1, substeps + 1):
             after = shifted((u_B - i / (NUM_STEPS * substeps)).clamp_min(0))
-            v, _ = model.denoiser(y, now, given, *text)
+            v = model.denoiser(y, now, given, *text)[0].detach()
             if self._guidance != 1:
-                base, _ = model.denoiser(y, now, given, *empty)
+                base = model.denoiser(y, now, given, *empty)[0].detach()
                 v = base + self._guidance * (v - base)
             moved = y + (after - now).view(-1, 1, 1, 1, 1) * v
             keep = given.view(-1, 1, 1, 1, 1) & (torch.arange(y.shape[2], device=y.device) == 0).view(1, 1, -1, 1, 1)
@@ -125,7 +126,19 @@ def distil(trainer: VideoTrainer, guidance: float, until: float, name: str, peak
     teacher = _Teacher(trainer, guidance)
     optimizer, average = trainer.new_optimizer(), WeightAverage(trainer.modules().values())
     grid = 1 - torch.arange(NUM_STEPS, device=device) / NUM_STEPS
-    start, step, samples, shown, recent = run.elapsed, 0, 0, run.elapsed, []
+    meter, recorded = torch.zeros(2, device=device), {}
+    for layout in trainer.layouts:
+
+        def compute(inputs: Tensors) -> None:
+            optimizer.zero_gradients()
+            loss = _student_loss(trainer, teacher, grid, inputs)
+            loss.backward()
+            meter.add_(torch.stack([loss.detach(), torch.ones_like(loss.detach())]))
+
+        recorded[layout] = trainer.recorded(compute, layout, trainer.blank(layout))
+    optimizer.zero_gradients()
+    meter.zero_()
+    start, step, samples, shown = run.elapsed, 0, 0, run.elapsed
     while True:
         progress = (run.elapsed - start) / max(1.0, until - start)
         if progress >= 1 or (run.smoke and step >= 2):
@@ -134,28 +147,36 @@ def distil(trainer: VideoTrainer, guidance: float, until: float, name: str, peak
         layout, batch = trainer.draw()
         if step % 8 == 0:
             trainer.produce(layout)
-        x, given = batch["x"], batch["given"]
-        B = x.shape[0]
-        on_grid = grid[torch.randint(0, NUM_STEPS, (B,), device=device)]
-        u = torch.where(torch.rand(B, device=device) < 0.6, on_grid, torch.rand(B, device=device).clamp_min(0.02))
-        time = shifted(u)
-        noisy = trainer.noisy(x, torch.randn_like(x), time, given)
-        # Two contexts: autocast remembers a parameter's cast by the parameter, and the teacher's look at the
-        # borrowed modules would be remembered for the student.
-        with run.autocast():
-            target = teacher.average_velocity(noisy, u, batch)
-        with run.autocast():
-            text, bias = trainer.text(batch["ids"], batch["lengths"])
-            v, _ = trainer.denoiser(noisy, time, given, text, bias)
-        loss = frame_error(v, target, given)
-        loss.backward()
+        recorded[layout](batch)
         optimizer.step(rate)
         average.update(0.998 if progress > 0.4 else 0.99)
-        recent.append(loss.detach())
-        step, samples = step + 1, samples + B
-        if step in (1, 20) or run.elapsed - shown > 10:
-            run.log(f"student step {step} samples {samples} loss {float(torch.stack(recent[-100:]).mean()):.4f}")
-            shown = run.elapsed
+        step, samples = step + 1, samples + batch["x"].shape[0]
+        if step % 20 == 0 or run.smoke:
+            trainer.wait()
+            if run.elapsed - shown > 10 or step == 20 or run.smoke:
+                loss, count = meter.tolist()
+                meter.zero_()
+                run.log(f"student step {step} samples {samples} loss {loss / count:.4f}")
+                shown = run.elapsed
     average.swap()
+    recorded.clear()
     trainer.save(name, {"guidance": guidance, "steps": NUM_STEPS})
     run.log(f"distilled {step} steps, {samples} samples, guidance {guidance}")
+
+
+def _student_loss(trainer: VideoTrainer, teacher: _Teacher, grid: torch.Tensor, batch: Tensors) -> torch.Tensor:
+    """How far the student's velocity is from its teacher's average one, at positions on the grid and between."""
+    x, given = batch["x"], batch["given"]
+    B, device = x.shape[0], x.device
+    on_grid = grid[torch.randint(0, NUM_STEPS, (B,), device=device)]
+    u = torch.where(torch.rand(B, device=device) < 0.6, on_grid, torch.rand(B, device=device).clamp_min(0.02))
+    time = shifted(u)
+    noisy = trainer.noisy(x, torch.randn_like(x), time, given)
+    # Two contexts: autocast remembers a parameter's cast by the parameter, and the teacher's look at the
+    # borrowed modules would be remembered for the student.
+    with trainer.run.autocast():
+        target = teacher.average_velocity(noisy, u, batch)
+    with trainer.run.autocast():
+        text, bias = trainer.text(batch["ids"], batch["lengths"])
+        v, _ = trainer.denoiser(noisy, time, given, text, bias)
+    return frame_error(v, target, given)

@@ -4,6 +4,7 @@ B batch, S tokens; a layout is (height, width, frames) in 16-pixel tokens and la
 """
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -12,8 +13,9 @@ import torch
 
 from .feed import Feed, Ring, group
 from .optimizer import Muon, WeightAverage
+from .recorded import Recorded, Tensors
 from .run import Run, load_weights, save_weights
-from .semantics import SemanticHead, semantic_targets
+from .semantics import NUM_CLASSES, NUM_VALUES, SemanticHead, semantic_targets
 from .video_model import (
     ACTIVATION,
     CELL,
@@ -104,38 +106,55 @@ class VideoTrainer:
         self.head = SemanticHead(WIDTH).to(device)
         self.denoiser = VideoDenoiser(self.transformer)
         self._rings: dict[Layout, Ring] = {}
+        self._recorded: dict[Layout, Recorded] = {}
+        self.meters: dict[Layout, torch.Tensor] = {}
 
     def modules(self) -> dict[str, torch.nn.Module]:
         return {"transformer": self.transformer, "text_encoder": self.text_encoder, "head": self.head}
 
-    def compile(self, *, sampling: bool) -> None:
-        """Compile the blocks for every number of tokens; falls back to eager if the compiler fails."""
-        self.denoiser.compile()
-        seen: set[int] = set()
+    def record(self, optimizer: Muon) -> None:
+        """Compile the blocks and record the computation of gradients for every layout."""
+        if self.run.device.type == "cuda":
+            self.denoiser.compile()
+        for layout in self.layouts:
+
+            def compute(inputs: Tensors, layout: Layout = layout) -> None:
+                optimizer.zero_gradients()
+                loss, hint = self.loss(inputs)
+                (loss + _SEMANTIC_WEIGHT * hint).backward()
+                self.meters[layout].add_(torch.stack([loss.detach(), hint.detach(), torch.ones_like(loss.detach())]))
+
+            self.meters[layout] = torch.zeros(3, device=self.run.device)
+            self._recorded[layout] = self.recorded(compute, layout, self.blank(layout))
+            self.meters[layout].zero_()
+        optimizer.zero_gradients()
+
+    def recorded(self, compute: Callable[[Tensors], None], layout: Layout, inputs: Tensors) -> Recorded:
+        """A computation on batches of one layout, recorded; without a compiler if that fails."""
+        before = self.run.elapsed
         try:
-            for layout in self.layouts:
-                if layout.num_tokens not in seen:
-                    seen.add(layout.num_tokens)
-                    self._dry_step(layout, grad=True)
-                    if sampling:
-                        self._dry_step(layout, grad=False)
-                    self.run.log(f"compiled for {layout.num_tokens} tokens")
-        except Exception as error:
+            recorded = Recorded(self.run, compute, inputs)
+        except Exception as error:  # a compiler's failure may be of any kind
             self.run.log(f"compiler failed, going on without: {error!r:.600}")
             torch.compiler.set_stance("force_eager")
-        for module in self.modules().values():
-            module.zero_grad(set_to_none=True)
+            recorded = Recorded(self.run, compute, inputs)
+        self.run.log(f"{layout}: {self.run.elapsed - before:.1f} s to record")
+        return recorded
 
-    def _dry_step(self, layout: Layout, *, grad: bool) -> None:
-        B, device = layout.batch, self.run.device
-        with torch.set_grad_enabled(grad), self.run.autocast():
-            ids = torch.full((B, TEXT_COLUMNS), END_ID, device=device)
-            text, bias = self.text(ids, torch.full((B,), 3, device=device))
-            given = torch.rand(B, device=device) < 0.5
-            latents = torch.randn(B, *layout.latent_shape, device=device)
-            out, middle = self.denoiser(latents, torch.rand(B, device=device), given, text, bias)
-            if grad:
-                (out.float().mean() + middle.float().mean()).backward()
+    def batch_size(self, layout: Layout) -> int:
+        return 4 if self.run.smoke else layout.batch
+
+    def blank(self, layout: Layout) -> Tensors:
+        """A batch of the right shapes."""
+        B, device = self.batch_size(layout), self.run.device
+        return {
+            "x": torch.randn(B, *layout.latent_shape, device=device),
+            "given": torch.rand(B, device=device) < _GIVEN_SHARE,
+            "ids": torch.full((B, TEXT_COLUMNS), END_ID, device=device),
+            "lengths": torch.full((B,), 3, device=device),
+            "classes": torch.full((B, layout.num_tokens), NUM_CLASSES - 1, dtype=torch.uint8, device=device),
+            "values": torch.zeros(B, layout.num_tokens, NUM_VALUES, device=device),
+        }
 
     def text(self, ids: torch.Tensor, lengths: torch.Tensor, padded_to: int | None = None) -> tuple[torch.Tensor, ...]:
         """Text features and padding bias; without `padded_to`, for random lengths of padding up to the stock 512."""
@@ -176,7 +195,7 @@ class VideoTrainer:
     def draw(self) -> tuple[Layout, dict[str, torch.Tensor]]:
         """A random layout and a batch for it: latents, `given` first frames, ids and lengths."""
         layout = self._rng.choices(list(self.layouts), list(self.layouts.values()))[0]
-        batch = self._rings[layout].draw(4 if self.run.smoke else layout.batch)
+        batch = self._rings[layout].draw(self.batch_size(layout))
         B, device = batch["x"].shape[0], batch["x"].device
         batch["given"] = torch.rand(B, device=device) < _GIVEN_SHARE
         short = batch["given"] & (torch.rand(B, device=device) < 0.6)
@@ -206,15 +225,14 @@ class VideoTrainer:
             hint = self.head.loss(middle, batch["classes"], batch["values"])
         return frame_error(v, noise - x, given), hint
 
-    def train(self, until: float, peak_rate: float, name: str, *, settle: bool) -> None:
+    def train(self, optimizer: Muon, until: float, peak_rate: float, name: str, *, settle: bool) -> None:
         """Train until `run.elapsed` reaches `until`, saving as `name`; ends on the averaged weights.
 
         With `settle` the rate falls to nothing over the second half, without it stays.
         """
-        run, optimizer, average = self.run, self.new_optimizer(), WeightAverage(self.modules().values())
-        start, step, samples = run.elapsed, 0, 0
-        shown, shown_step, saved, debt = run.elapsed, 0, run.elapsed, 0.0
-        recent: dict[int, list[torch.Tensor]] = {}
+        run, average = self.run, WeightAverage(self.modules().values())
+        start, step, samples, debt = run.elapsed, 0, 0, 0.0
+        shown = saved = (run.elapsed, 0)
         while True:
             progress = (run.elapsed - start) / max(1.0, until - start)
             if progress >= 1 or (run.smoke and step >= 3):
@@ -225,25 +243,38 @@ class VideoTrainer:
             if debt >= self._produced:
                 self.produce(layout)
                 debt -= self._produced
-            loss, hint = self.loss(batch)
-            (loss + _SEMANTIC_WEIGHT * hint).backward()
+            self._recorded[layout](batch)
             optimizer.step(peak_rate * min(1, (step + 1) / 150) * fall)
             average.update(0.9985 if progress > 0.5 else 0.995)
             step, samples = step + 1, samples + batch["x"].shape[0]
-            recent.setdefault(layout.num_tokens, []).append(torch.stack([loss.detach(), hint.detach()]))
-            if step in (1, 2, 20) or run.elapsed - shown > 10:
-                losses = {k: [round(float(f), 4) for f in torch.stack(v[-80:]).mean(0)] for k, v in recent.items()}
-                run.log(f"step {step} samples {samples} {losses} "
-                        f"{1000 * (run.elapsed - shown) / (step - shown_step):.0f} ms")  # fmt: skip
-                shown, shown_step = run.elapsed, step
-            if run.elapsed - saved > 55:
-                average.swap()
-                self.save(name, {"steps": step})
-                average.swap()
-                saved = run.elapsed
+            if step % 25 == 0 or run.smoke:
+                self.wait()
+                if run.elapsed - shown[0] > 10 or step == 25 or run.smoke:
+                    self._show(step, samples, (run.elapsed - shown[0]) / (step - shown[1]))
+                    shown = (run.elapsed, step)
+                if run.elapsed - saved[0] > 55:
+                    average.swap()
+                    self.save(name, {"steps": step})
+                    average.swap()
+                    saved = (run.elapsed, step)
         average.swap()
+        self._recorded.clear()
         self.save(name, {"steps": step})
         run.log(f"trained {step} steps, {samples} samples")
+
+    def wait(self) -> None:
+        """Wait for the device: the clock should read what has been done, not what has been asked for."""
+        if self.run.device.type == "cuda":
+            torch.cuda.current_stream().synchronize()
+
+    def _show(self, step: int, samples: int, seconds: float) -> None:
+        losses = {}
+        for layout, meter in self.meters.items():
+            loss, hint, count = meter.tolist()
+            if count:
+                losses[layout.height, layout.width, layout.frames] = round(loss / count, 4), round(hint / count, 4)
+            meter.zero_()
+        self.run.log(f"step {step} samples {samples} {losses} {1000 * seconds:.1f} ms")
 
     def new_optimizer(self) -> Muon:
         """Muon on the blocks' matrices, Adam on embeddings, modulations and ends."""
