@@ -60,6 +60,8 @@ class Studio:
     """One loaded pipeline and the worker that serves it; `draw` runs jobs to their end."""
 
     def __init__(self, folder: Path, frames_dir: Path, **settings: Any) -> None:
+        # Plain diffusers leaves the choice of a convolution's kernel to torch; these tests compare bits with it.
+        settings = {"onednn_convolutions": False} | settings
         config = ServeConfig(model_path=str(folder), **settings).worker(frames_dir)
         self.messages: list[ToHost] = []
         with torch.inference_mode():

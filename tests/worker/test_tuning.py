@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, AutoencoderKLWan, DiffusionPipeline
+from diffusers import AutoencoderKL, AutoencoderKLWan, AutoModel, DiffusionPipeline
 from torch._dynamo.utils import counters
 
 from families import FAMILIES
@@ -13,6 +13,7 @@ from photogram.core.errors import ConfigError
 from photogram.worker.modules import is_denoiser
 from photogram.worker.tuning.attention import Attention, choose_attention
 from photogram.worker.tuning.compiling import compile_repeated, repeated_parts
+from photogram.worker.tuning.cpu_convolutions import use_onednn
 from photogram.worker.tuning.memory_format import use_channels_last
 from photogram.worker.warmup import warm_up
 
@@ -173,3 +174,32 @@ def test_channels_last_changes_the_order_of_weights_and_no_value(name, kind, sha
     torch.testing.assert_close(
         ordered.decode(latents, return_dict=False)[0], plain.decode(latents, return_dict=False)[0], atol=1e-5, rtol=1e-4
     )
+
+
+# --- convolutions on a CPU
+
+
+@pytest.mark.parametrize("name", ["wan-2.1", "wan-2.2-ti2v", "hunyuan-video-1.5", "ltx"])
+@torch.inference_mode()
+def test_onednn_decodes_what_torchs_own_convolutions_decode(name, family_folder):
+    plain = AutoModel.from_pretrained(str(family_folder(name) / "vae")).eval()
+    tuned = copy.deepcopy(plain)
+    assert use_onednn(tuned) == sum(isinstance(part, torch.nn.Conv3d) for part in tuned.modules())
+    channels = plain.config.get("z_dim") or plain.config.latent_channels
+    latents = torch.randn(1, channels, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    expected = plain.decode(latents, return_dict=False)[0]
+    with torch.profiler.profile() as watched:
+        decoded = tuned.decode(latents, return_dict=False)[0]
+    torch.testing.assert_close(decoded, expected, atol=1e-5, rtol=1e-4)
+    kernels = {event.key for event in watched.key_averages()}
+    assert "aten::mkldnn_convolution" in kernels
+    assert "aten::slow_conv3d_forward" not in kernels
+
+
+@torch.inference_mode()
+def test_half_precision_convolutions_stay_torchs_choice():
+    convolution = torch.nn.Conv3d(2, 3, 3, padding=1).bfloat16()
+    x = torch.randn(1, 2, 3, 4, 4).bfloat16()
+    expected = convolution(x)
+    assert use_onednn(convolution) == 1
+    assert torch.equal(convolution(x), expected)

@@ -63,6 +63,7 @@ class Tuning(msgspec.Struct, frozen=True, kw_only=True):
     attention_backend: AttentionBackend = "auto"
     compile: bool = False
     channels_last: bool = True
+    onednn_convolutions: bool = True
     fused_kernels: bool = False
     cuda_graphs: bool = False
     cuda_graph_memory_bytes: int = 4_000_000_000
@@ -146,6 +147,7 @@ class ServeConfig:
         False, "compute what lies between the denoiser's matrix products in kernels of our own"
     )
     channels_last: bool = setting(True, "on a GPU, keep the weights of VAEs and UNets in the order convolutions want")
+    onednn_convolutions: bool = setting(True, "on a CPU, compute the 3D convolutions of VAEs with oneDNN, always")
     # --- several devices
     num_gpus: int = setting(1, "devices of all groups; those of one group share a model; on a CPU: processes")
     dp_size: int = setting(1, "groups of devices, each with a model and jobs of its own behind one queue")
@@ -334,6 +336,7 @@ class ServeConfig:
                 attention_backend=self.attention_backend,
                 compile=self.compile,
                 channels_last=self.channels_last,
+                onednn_convolutions=self.onednn_convolutions,
                 fused_kernels=self.fused_kernels,
                 cuda_graphs=self.cuda_graphs,
                 cuda_graph_memory_bytes=int(self.cuda_graph_memory_gb * 1e9),

@@ -11,6 +11,7 @@ import torch
 from ...core.config import Tuning
 from .attention import Attention, choose_attention
 from .compiling import compile_repeated
+from .cpu_convolutions import use_onednn
 from .fusing import fuse
 from .graphs import CudaRecorder, Graphs
 from .kernels.ops import can_fuse
@@ -44,6 +45,10 @@ def tune(
         for name, network in networks.items():
             if name.startswith(("vae", "unet")) and (count := use_channels_last(network)):
                 done.append(f"{name}: {count} convolutions channels last")
+    if wanted.onednn_convolutions and device.type == "cpu":
+        for name, network in networks.items():
+            if name.startswith("vae") and (count := use_onednn(network)):
+                done.append(f"{name}: {count} convolutions by oneDNN")
     if wanted.fused_kernels and can_fuse(device):
         for name in sorted(name for name in networks if name in denoisers or name.startswith("vae")):
             if count := fuse(networks[name]):
