@@ -54,7 +54,10 @@ def test_a_vae_with_layers_that_are_not_known_is_not_split(name, family_folder):
     ("given", "expected"),
     [
         ({"num_gpus": 1}, Degrees()),
-        ({"num_gpus": 4}, Degrees(ulysses=4, is_chosen=False)),
+        ({"num_gpus": 4}, Degrees(ulysses=4, is_chosen=False, is_cfg_chosen=False)),
+        ({"num_gpus": 3}, Degrees(ulysses=3, is_chosen=False)),
+        ({"num_gpus": 4, "cfg": 1}, Degrees(ulysses=4, is_chosen=False)),
+        ({"num_gpus": 4, "sp": 4}, Degrees(ulysses=4, is_chosen=False)),
         ({"num_gpus": 4, "ulysses": 2, "ring": 2}, Degrees(ulysses=2, ring=2)),
         ({"num_gpus": 4, "ulysses": 2}, Degrees(ulysses=2, ring=2)),
         ({"num_gpus": 6, "ring": 3, "sp": 6}, Degrees(ulysses=2, ring=3)),

@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 
@@ -23,8 +24,11 @@ from ..core.config import ServeConfig
 from ..core.errors import ConfigError
 from ..core.host_memory import available_memory_bytes
 from ..core.memory_question import PlanAnswer, PlanQuestion
+from ..core.parallel import LayoutAnswer
 from .flags import FlagParser
 from .keys import with_keys
+
+A = TypeVar("A", PlanAnswer, LayoutAnswer)
 
 PROBE_TIMEOUT_S = 120
 SCARCE_DISK_BYTES = 2_000_000_000
@@ -92,9 +96,12 @@ def doctor(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
         print(row)
     print()
     if hasattr(namespace, "model_path"):
-        plan_row, lines = _plan(config, report, namespace.memory_gb)
-        rows.append(plan_row)
-        print("\n".join((str(plan_row), *(f"    {line}" for line in lines))))
+        found = [_plan(config, report, namespace.memory_gb)]
+        if config.degrees.world_size > 1:
+            found.append(_layout(config))
+        for row, lines in found:
+            rows.append(row)
+            print("\n".join((str(row), *(f"    {line}" for line in lines))))
     else:
         print(_what_fits(config, report))
     return 1 if any(row.good is False for row in rows) else 0
@@ -208,19 +215,40 @@ def _plan(config: ServeConfig, report: DeviceReport | None, memory_gb: float | N
         host_bytes=host_bytes if memory_gb is None else sys.maxsize,
         default_precision="bf16" if on_gpu else "fp32",
     )
-    command = [sys.executable, "-m", "photogram.models.memory_report", msgspec.json.encode(question).decode()]
-    asked = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_TIMEOUT_S)
-    try:
-        answer = msgspec.json.decode(asked.stdout, type=PlanAnswer)
-    except msgspec.MsgspecError:
-        lines = asked.stderr.strip().splitlines()
-        return Row(False, "plan", lines[-1] if lines else f"ended with exit code {asked.returncode}"), ()
+    answer = _asked("photogram.models.memory_report", question, PlanAnswer)
+    if isinstance(answer, str):
+        return Row(False, "plan", answer), ()
     if answer.problem is not None:
         return Row(False, "plan", answer.problem), ()
     where = f"a GPU with {_gb(memory_bytes)}" if on_gpu else f"{_gb(memory_bytes)} of memory"
     return Row(
         answer.fits, "plan", f"{config.model_path} {'fits' if answer.fits else 'does not fit'} {where}"
     ), answer.lines
+
+
+def _layout(config: ServeConfig) -> tuple[Row, tuple[str, ...]]:
+    """Return how the devices of one group would share the model, and why."""
+    answer = _asked("photogram.worker.parallel.layout_report", config.worker(Path()), LayoutAnswer)
+    if isinstance(answer, str):
+        return Row(False, "devices", answer), ()
+    if answer.problem is not None:
+        return Row(False, "devices", answer.problem), ()
+    degrees, *reasons = answer.lines
+    return Row(True, "devices", f"{config.degrees.world_size} share the model: {degrees}"), tuple(reasons)
+
+
+def _asked(module: str, question: msgspec.Struct, kind: type[A]) -> A | str:
+    """Return what a module that reads checkpoints answers in a process of its own, or why it answered nothing."""
+    command = [sys.executable, "-m", module, msgspec.json.encode(question).decode()]
+    try:
+        asked = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        return f"reading the checkpoint took more than {PROBE_TIMEOUT_S} seconds"
+    try:
+        return msgspec.json.decode(asked.stdout, type=kind)
+    except msgspec.MsgspecError:
+        lines = asked.stderr.strip().splitlines()
+        return lines[-1] if lines else f"the probe ended with exit code {asked.returncode}"
 
 
 def verdict(weights_bytes: int, memory_bytes: int) -> str:

@@ -156,7 +156,11 @@ class ServeConfig:
     sp_degree: int | None = setting(None, "product of the two degrees above, for those who know it by that name")
     tp_size: int = setting(1, "devices that share each layer of the text encoder: 1, as the first device alone encodes")
     vae_sp: bool = setting(True, "decode on all devices, each a band of the picture")
-    cfg_parallel: int = setting(1, "2: the two halves of a guided step run at once, each on half of the devices")
+    cfg_parallel: int | None = setting(
+        None,
+        "2: the two halves of a guided step run at once, each on half of the devices; 1: not; "
+        "default: 2 for models that are guided, where no other degree is given",
+    )
     enable_cfg_parallel: bool = setting(False, "the same as --cfg-parallel 2")
     # --- start
     warmup: bool = setting(True, "run one short generation before reporting ready")
@@ -239,6 +243,8 @@ class ServeConfig:
             raise ConfigError(f"--step-cache-threshold {self.step_cache_threshold}: must be between 0 and 1.")
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             raise ConfigError(f"--device '{self.device}': must be auto, cpu, cuda or cuda:N.")
+        if self.enable_cfg_parallel and self.cfg_parallel == 1:
+            raise ConfigError("--enable-cfg-parallel: says the same as --cfg-parallel 2, and --cfg-parallel is 1.")
         if self.dit_cpu_offload and self.dit_layerwise_offload:
             raise ConfigError("--dit-cpu-offload and --dit-layerwise-offload: choose one.")
         if self.degrees.world_size > 1 and (self.dit_cpu_offload or self.dit_layerwise_offload):

@@ -16,6 +16,8 @@ class Degrees(msgspec.Struct, frozen=True, kw_only=True):
     cfg: int = 1
     is_chosen: bool = True
     """False where only the number of devices is known: the worker fits Ulysses and ring to the model."""
+    is_cfg_chosen: bool = True
+    """False where it is the model's to say, too, whether the halves of guidance run apart."""
 
     @property
     def sequence(self) -> int:
@@ -27,10 +29,17 @@ class Degrees(msgspec.Struct, frozen=True, kw_only=True):
         return self.sequence * self.cfg
 
 
+class LayoutAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    """A model's layout in words, for `photogram doctor`, or the reason why there is none."""
+
+    lines: tuple[str, ...] = ()
+    problem: str | None = None
+
+
 def resolve_degrees(
-    *, num_gpus: int, dp: int = 1, cfg: int = 1, ulysses: int | None, ring: int | None, sp: int | None
+    *, num_gpus: int, dp: int = 1, cfg: int | None = None, ulysses: int | None, ring: int | None, sp: int | None
 ) -> Degrees:  # fmt: skip
-    """Fill in the degrees of one of `dp` groups that were not given.
+    """Fill in the degrees of one of `dp` groups that were not given, as far as that needs no model.
 
     `sp`, the sequence-parallel degree, is the product of Ulysses and ring. Raises ConfigError, naming the flags, where
     they do not fit.
@@ -43,6 +52,8 @@ def resolve_degrees(
             raise ConfigError(f"{flag} {value}: must be at least 1.")
     if num_gpus % dp:
         raise ConfigError(f"--dp-size {dp}: --num-gpus ({num_gpus}) does not divide by it.")
+    is_open = cfg is None and ulysses is None and ring is None and sp is None
+    cfg = 1 if cfg is None else cfg
     if cfg not in (1, 2):
         raise ConfigError(f"--cfg-parallel {cfg}: must be 1 or 2, as a guided step has two halves.")
     if num_gpus // dp % cfg:
@@ -51,7 +62,9 @@ def resolve_degrees(
     if sp is not None and sp != size:
         raise ConfigError(f"--sp-degree {sp}: must be {devices}, over which the sequence is split.")
     if ulysses is None and ring is None:
-        return Degrees(ulysses=size, cfg=cfg, is_chosen=size == 1)
+        return Degrees(
+            ulysses=size, cfg=cfg, is_chosen=size == 1, is_cfg_chosen=not is_open or size % 2 == 1
+        )  # fmt: skip
     if ulysses is None:
         assert ring is not None
         ulysses = _rest(size, devices, "--ring-degree", ring)

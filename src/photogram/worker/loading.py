@@ -141,7 +141,10 @@ def load(config: WorkerConfig, say: Callable[[str], None], on_lost: Callable[[st
         share_cores(config.num_replicas)
     say(f"finding {config.model_path}")
     checkpoint = find_checkpoint(config.model_path, revision=config.revision, variant=config.variant)
-    config = msgspec.structs.replace(config, degrees=fit(config.degrees, checkpoint))
+    layout = fit(config.degrees, checkpoint, deterministic=config.deterministic)
+    for line in layout.reasons:
+        logger.info("devices: %s", line)
+    config = msgspec.structs.replace(config, degrees=layout.degrees)
     config, room = _plan_memory(checkpoint, config, device)
     group = Group(config, device, on_lost) if config.degrees.world_size > 1 else None
     say(f"loading {checkpoint.name} ({checkpoint.pipeline_class})")
