@@ -63,14 +63,17 @@ def on_one_and_more(
 def test_a_job_gets_the_bits_of_one_rank_in_half_the_passes(name, family_folder, tmp_path):
     first, second, third = guided(name)
     alone, together = [first], [second, third]
-    one, two = on_one_and_more(name, family_folder, tmp_path, [alone, together, together], num_gpus=2, cfg_parallel=2)
-    assert torch.equal(two[0].latents[first.job_id], one[0].latents[first.job_id])
+    batches = [alone, alone, together, together]
+    one, two = on_one_and_more(name, family_folder, tmp_path, batches, num_gpus=2, cfg_parallel=2)
+    for mine, theirs in zip(two[:2], one[:2], strict=True):
+        assert torch.equal(mine.latents[first.job_id], theirs.latents[first.job_id])
     assert len(one[0].passes) == 2 * STEPS
-    assert len(two[0].passes) == STEPS + 1  # of the first step nothing is foretold
-    for mine, theirs in zip(two[1:], one[1:], strict=True):
+    assert len(two[0].passes) == STEPS + 1  # of the first job's first step nothing is foretold
+    assert len(two[1].passes) == STEPS
+    for mine, theirs in zip(two[2:], one[2:], strict=True):
         for job_id, latents in theirs.latents.items():
             assert relative_error(mine.latents[job_id], latents) < TOLERANCE
-    assert len(two[2].passes) == STEPS + 1  # of two jobs each
+    assert len(two[3].passes) == STEPS  # of two jobs each
 
 
 @pytest.mark.long

@@ -14,7 +14,7 @@ from ..core.stage_clock import StageClock
 from .arguments import strength_of
 from .digest import DigestMemo
 from .fibers import Call, Fiber
-from .guidance import Foresight
+from .guidance import Foresight, kind_of
 from .latent_source import read_source
 from .loading import ServedPipeline
 from .lora.sets import JobLoras
@@ -64,7 +64,7 @@ class Job:
         self.calls_shared = 0
         self.largest_batch = 1
         self.num_previews = 0
-        self.foresight = Foresight()
+        self.foresight = Foresight(served.habits, kind_of(request))
         self.answers = Answers() if request.partial_images else None
         self.route = served.route(request)
         self.in_two_stages = served.in_two_stages(request)
@@ -102,7 +102,7 @@ class Job:
         """Go on to the second stage. What was noted of the first one's calls is not true of its own."""
         self.stage = second_stage(self.route, self.request, self.stage, latents, sound)
         self.watch.follow(self.stage.pipeline)
-        self.foresight = Foresight()
+        self.foresight = Foresight(self.stage.served.habits, ("refining", kind_of(self.request)))
         for module in self.stage.served.modules.values():
             module.forget(self.job_id)
         if self.answers is not None:

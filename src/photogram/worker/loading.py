@@ -8,7 +8,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -36,6 +36,7 @@ from ..models.memory_report import plan_of
 from ..models.sizes import is_denoiser, precision_of
 from ..models.two_stages import TWO_STAGES, UPSAMPLER, has_upsampler
 from ..models.uses import Route, Use, pipelines_by_use, route
+from .guidance import Habits
 from .long_prompts import read_in_chunks, reads_in_chunks
 from .lora.conversion import lora_modules
 from .lora.serving import ModuleServing
@@ -70,6 +71,7 @@ class ServedPipeline:
     graphs: Graphs | None  # of calls that are bound by launches
     upsample: DiffusionPipeline | None = None  # enlarges latents between the two stages of a job
     run_both: RunBoth | None = None  # where a second group of ranks can run a call at the same time
+    habits: Habits = field(default_factory=Habits)  # of jobs' second calls, to foretell them to that group
 
     def route(self, request: GenerateRequest) -> Route:
         """Return how the request is served. Raises RequestError where the model cannot."""
