@@ -1,16 +1,21 @@
-"""What several GPUs of one host gain: denoiser steps and a VAE's decode at every layout that the GPUs allow.
+"""What several GPUs of one host gain: denoiser steps, whole loops and a VAE's decode, at every layout they allow.
 
 `python benchmarks/several_gpus.py` with names of rows to run only those; `--tiny` runs the same code on the CPU, with
 gloo. Published architectures, normal random weights, bf16. One process a GPU; the first also runs each row alone, and
-every layout's result is compared with that. `--compile` compiles the repeated blocks of both. A layout is Ulysses x
-ring, and `CFG n x` before it where the halves of guidance run apart. Medians; the device is idle before each call.
-With four GPUs two of them come first, then all four. Writes JSON to `benchmarks/results/` after every row, and begins
-nothing after `--seconds`. Last, `--clip` has one clip drawn through the HTTP API by a server on one GPU and by one on
-all of them, and compares the frames (`wan_video_end_to_end.py`).
+every layout's result is compared with that. A row's name says what is done to the blocks of both: nothing, `fused`,
+`compiled`, or both; and `50-steps` that a whole loop is run, with the solver's arithmetic and the leader's broadcast
+in it, where other rows are single steps with the device idle before each. A layout is Ulysses x ring, and `CFG n x`
+before it where the halves of guidance run apart. Medians. The rows that tell most come first, and nothing begins after
+`--seconds`; with four GPUs two of them come first, then all four. `--profile` adds where the time of a step goes, from
+a run of its own under torch's profiler. Writes JSON to `benchmarks/results/` after every layout. A row that hangs is
+ended after `--patience` seconds, its ranks say where they stood, and the next row goes on. Last, `--clip` has one clip
+drawn through the HTTP API by a server on one GPU and by one on all of them, and compares the frames
+(`wan_video_end_to_end.py`).
 """
 
 import argparse
 import datetime
+import faulthandler
 import gc
 import json
 import os
@@ -19,7 +24,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +33,7 @@ import diffusers
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+from exchange_profile import profiled
 from workloads import Workload, materialize, wan, workloads
 
 from photogram.core.parallel import Degrees
@@ -36,27 +43,68 @@ from photogram.worker.parallel.lengths import Lengths
 from photogram.worker.parallel.mesh import Mesh, arrange, meet
 from photogram.worker.parallel.sharding import shard
 from photogram.worker.tuning.attention import choose_attention
-from photogram.worker.tuning.compiling import compile_repeated
+from photogram.worker.tuning.compiling import compile_repeated, repeated_parts
+from photogram.worker.tuning.fusing import fuse
+from photogram.worker.tuning.kernels.ops import can_fuse
 
 RESULTS = Path(__file__).resolve().parent / "results"
-ROWS = ("wan-480p", "flux1-1024", "qwen-1024", "wan-vae", "wan-14b-720p")
-LEAST_RUNS, MOST_RUNS, RUN_SECONDS, LONG_SECONDS = 3, 15, 6.0, 15.0
+LEAST_RUNS, MOST_RUNS, RUN_SECONDS, LONG_SECONDS = 3, 15, 5.0, 12.0
 
 
-def rows_of(tiny: bool) -> dict[str, Workload]:
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A workload, what is done to its blocks, and how many steps of it are timed as one."""
+
+    workload: Workload
+    compiles: bool = False
+    fuses: bool = False
+    steps: int = 1
+
+    @property
+    def name(self) -> str:
+        ways = [way for way, is_on in (("fused", self.fuses), ("compiled", self.compiles)) if is_on]
+        return "-".join([self.workload.name, *ways, *([f"{self.steps}-steps"] if self.steps > 1 else [])])
+
+
+def rows_of(tiny: bool) -> dict[str, Row]:
+    """Every row by name, the most telling first."""
     every = workloads(tiny=tiny) | {"wan-14b-720p": wan(tiny=tiny, is_14b=True)}
-    return {name: every[name] for name in ROWS}
+    flux, qwen, short, long, vae = (
+        every[name] for name in ("flux1-1024", "qwen-1024", "wan-480p", "wan-14b-720p", "wan-vae")
+    )
+    steps = 3 if tiny else 50
+    rows = (
+        Row(workload=flux, compiles=True, steps=steps),
+        Row(workload=qwen, compiles=True, steps=steps),
+        Row(workload=short, compiles=True),
+        Row(workload=long),
+        Row(workload=vae),
+        Row(workload=flux),
+        Row(workload=qwen),
+        Row(workload=short),
+        Row(workload=flux, compiles=True, fuses=True),
+        Row(workload=flux, compiles=True),
+        Row(workload=qwen, compiles=True),
+        Row(workload=long, compiles=True),
+        Row(workload=flux, fuses=True),
+        Row(workload=qwen, fuses=True),
+        Row(workload=short, fuses=True),
+        Row(workload=short, compiles=True, fuses=True),
+        Row(workload=long, compiles=True, fuses=True),
+        Row(workload=qwen, compiles=True, fuses=True),
+        Row(workload=flux, steps=steps),
+        Row(workload=qwen, steps=steps),
+    )
+    return {row.name: row for row in rows}
 
 
 def layouts_of(workload: Workload, world: int) -> list[Degrees]:
-    """The layouts of all ranks, and for denoisers those of two groups, one for each half of guidance."""
+    """The layouts of all ranks, for denoisers of two calls those of two groups first, one for each half of guidance."""
     if not workload.is_denoiser:
         return [Degrees(ulysses=world)]
-    ways = [Degrees(ulysses=ulysses, ring=world // ulysses) for ulysses in (world, 2, 1) if world % ulysses == 0]
-    ways = list(dict.fromkeys(ways))
-    if workload.calls == 2 and world % 2 == 0:
-        ways.append(Degrees(cfg=2, ulysses=world // 2))
-    return ways
+    ways = [Degrees(cfg=2, ulysses=world // 2)] if workload.calls == 2 and world % 2 == 0 else []
+    ways += [Degrees(ulysses=ulysses, ring=world // ulysses) for ulysses in (world, 2, 1) if world % ulysses == 0]
+    return list(dict.fromkeys(ways))
 
 
 def name_of(degrees: Degrees) -> str:
@@ -72,9 +120,15 @@ class Bench:
         self.world: int = options.world
         self.device = device
         self.dtype = torch.float32 if options.tiny else torch.bfloat16
-        self.compiles: bool = options.compile
+        self.compiler: dict[str, Any] = {"backend": "aot_eager"} if options.tiny else {}
         self.around = choose_attention("auto", device).around_calls
+        self._patience: float = options.patience
         self._until = time.perf_counter() + options.seconds
+
+    def watch(self, doing: str) -> None:
+        """Say what comes, and end this process, with a word on where it stood, should that not end in time."""
+        print(f"rank {self.rank}: {doing}", file=sys.stderr, flush=True)
+        faulthandler.dump_traceback_later(self._patience, exit=True)
 
     def is_over(self) -> bool:
         """Whether the time is over, by the first rank's clock."""
@@ -86,8 +140,14 @@ class Bench:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def made(self, workload: Workload) -> torch.nn.Module:
-        return materialize(workload.make, self.device, self.dtype)
+    def made(self, row: Row) -> torch.nn.Module:
+        """Make the network, its blocks as the row wants them."""
+        network = materialize(row.workload.make, self.device, self.dtype)
+        if row.fuses and (can_fuse(self.device) or self.device.type == "cpu"):
+            fuse(network)
+        if row.compiles:
+            compile_repeated(network, **self.compiler)
+        return network
 
     def timed(self, run: Callable[[], Any], *, together: bool) -> list[float]:
         """Return seconds of calls, after one that is not counted. `together` the ranks start and end each at once."""
@@ -111,44 +171,89 @@ class Bench:
                 break
         return taken
 
-    def alone(self, workload: Workload) -> tuple[list[float], torch.Tensor]:
-        """Time a row's calls on this rank by itself, one after the other, and return one's result."""
-        network, arguments = self.made(workload), workload.arguments(self.device, self.dtype)
-        if self.compiles and workload.is_denoiser:
-            compile_repeated(network)
+    def alone(self, row: Row) -> tuple[list[float], torch.Tensor]:
+        """Time a row on this rank by itself, its halves one after the other, and return what it gives."""
+        self.watch(f"{row.name} alone")
+        network, halves = self.made(row), self.halves(row.workload)
 
-        def call() -> torch.Tensor:
+        def call(half: Mapping[str, Any]) -> torch.Tensor:
             with self.around():
-                return _first(getattr(network, workload.method)(**arguments))
+                return _first(getattr(network, row.workload.method)(**half))
 
-        times = self.timed(lambda: [call() for _ in range(workload.calls)], together=False)
-        return times, call()
+        def run() -> torch.Tensor:
+            return looped(row, halves, lambda calls: [call(half) for half in calls])
 
-    def split(self, workload: Workload, degrees: Degrees) -> tuple[list[float], torch.Tensor]:
+        return self.timed(run, together=False), run()
+
+    def halves(self, workload: Workload) -> list[Mapping[str, Any]]:
+        """The arguments of a step's calls: of two, the second has a text of its own."""
+        arguments = workload.arguments(self.device, self.dtype)
+        if workload.calls != 2 or not workload.is_denoiser:
+            return [arguments] * workload.calls
+        return [arguments, {**arguments, "encoder_hidden_states": arguments["encoder_hidden_states"].flip(-1)}]
+
+    def split(self, row: Row, degrees: Degrees, *, profile: bool) -> tuple[dict[str, Any], torch.Tensor]:
         """The same with all ranks: the halves of guidance one after the other, or each on a group of its own."""
-        network, arguments = self.made(workload), workload.arguments(self.device, self.dtype)
+        workload = row.workload
+        network, halves = self.made(row), self.halves(workload)
         mesh = arrange(degrees, self.rank, self.device)
         lengths = Lengths(mesh)
         if not workload.is_denoiser:
             split_decoder(network, mesh, lengths)
         elif degrees.sequence > 1:
             shard(network, Shares(mesh, lengths))
-        if self.compiles and workload.is_denoiser:
-            compile_repeated(network)
 
-        def call() -> torch.Tensor:
-            lengths.begin("call")
+        def call(half: Mapping[str, Any]) -> torch.Tensor:
+            lengths.begin(str([tuple(x.shape) for x in half.values() if isinstance(x, torch.Tensor)]))
             with self.around():
-                result = _first(getattr(network, workload.method)(**arguments))
+                result = _first(getattr(network, workload.method)(**half))
             lengths.end()
             return result
 
-        def step() -> None:
-            results = [call() for _ in range(workload.calls // degrees.cfg)]
-            if degrees.cfg > 1:
-                _hand_over(mesh, results[0])
+        def calls(both: list[Mapping[str, Any]]) -> list[torch.Tensor]:
+            if degrees.cfg == 1:
+                return [call(half) for half in both]
+            return _both(mesh, call(both[mesh.cfg_index]))
 
-        return self.timed(step, together=True), call()
+        def run() -> torch.Tensor:
+            if workload.is_denoiser:
+                self.lead(halves[0]["hidden_states"])  # as a leader sends its followers every call's latents
+            return looped(row, halves, calls, self.lead)
+
+        found = summary(self.timed(run, together=True))
+        if profile:
+
+            def one_step() -> None:
+                calls(halves)
+                self.settle()
+
+            found["profile"] = profiled(one_step, self.device, len(repeated_parts(network)) or 1)
+        return found, run()
+
+    def lead(self, latents: torch.Tensor) -> None:
+        dist.broadcast(latents, 0)
+
+
+def looped(
+    row: Row,
+    halves: list[Mapping[str, Any]],
+    calls: Callable[[list[Mapping[str, Any]]], list[torch.Tensor]],
+    lead: Callable[[torch.Tensor], object] = lambda latents: None,
+) -> torch.Tensor:
+    """Run a row's steps: the calls, guidance where they are two, and a step of Euler; return what comes of them.
+
+    Of a single step that is its last prediction. `lead` is told of the latents of each further step.
+    """
+    results = calls(halves)
+    if row.steps == 1:
+        return results[-1]
+    latents = halves[0]["hidden_states"].clone()
+    for _ in range(row.steps - 1):
+        prediction = results[0] if len(results) == 1 else results[1] + 4.0 * (results[0] - results[1])
+        latents -= prediction / row.steps
+        lead(latents)
+        results = calls([{**half, "hidden_states": latents} for half in halves])
+    return results[-1]
 
 
 def _first(result: Any) -> torch.Tensor:
@@ -157,34 +262,41 @@ def _first(result: Any) -> torch.Tensor:
     return result
 
 
-def _hand_over(mesh: Mesh, result: torch.Tensor) -> None:
-    """Give the first rank what the second group's leader computed: all that the halves have to tell each other."""
+def _both(mesh: Mesh, result: torch.Tensor) -> list[torch.Tensor]:
+    """Give the first rank what the second group's leader computed: all that the halves have to tell each other. On the
+    other ranks the second result stands for both."""
     if mesh.rank != 0:
-        return
-    if mesh.cfg_index == 0:
-        dist.recv(torch.empty_like(result), src=mesh.degrees.sequence)
-    else:
+        return [result, result]
+    if mesh.cfg_index == 1:
         dist.send(result.contiguous(), dst=0)
+        return [result, result]
+    other = torch.empty_like(result)
+    dist.recv(other, src=mesh.degrees.sequence)
+    return [result, other]
 
 
-def run_row(bench: Bench, workload: Workload) -> dict[str, Any]:
-    times, expected = bench.alone(workload) if bench.rank == 0 else ([], torch.empty(0))
-    row: dict[str, Any] = {"unit": workload.unit, "one": summary(times) if times else None, "layouts": {}}
+def run_row(bench: Bench, row: Row, options: argparse.Namespace, save: Callable[[dict[str, Any]], None]) -> None:
+    times, expected = bench.alone(row) if bench.rank == 0 else ([], torch.empty(0))
+    entry: dict[str, Any] = {"name": row.name, "unit": row.workload.unit, "layouts": {}}
+    if times:
+        entry["one"] = summary(times)
+    bench.watch(f"{row.name}: waiting for all")
     dist.barrier()
-    for degrees in layouts_of(workload, bench.world):
+    for degrees in layouts_of(row.workload, bench.world):
         gc.collect()
         if bench.device.type == "cuda":
             torch.cuda.empty_cache()
         if bench.is_over():
             break
-        times, result = bench.split(workload, degrees)
+        bench.watch(f"{row.name} {name_of(degrees)}")
+        found, result = bench.split(row, degrees, profile=options.profile)
         if bench.rank == 0:
             difference = (result.float() - expected.float()).square().mean().sqrt()
-            found = summary(times) | {"difference": float(difference / expected.float().square().mean().sqrt())}
-            found["speed_up"] = row["one"]["median_s"] / found["median_s"]
-            row["layouts"][name_of(degrees)] = found
-            print(f"{workload.unit} | {name_of(degrees)} | {found}", file=sys.stderr, flush=True)
-    return row
+            found["difference"] = float(difference / expected.float().square().mean().sqrt())
+            found["speed_up"] = entry["one"]["median_s"] / found["median_s"]
+            entry["layouts"][name_of(degrees)] = found
+            print(f"{row.name} | {name_of(degrees)} | {found}", file=sys.stderr, flush=True)
+            save(entry)
 
 
 def summary(times: list[float]) -> dict[str, Any]:
@@ -205,61 +317,109 @@ def table(rows: list[dict[str, Any]], world: int) -> str:
     for row in rows:
         for name, found in row["layouts"].items():
             lines.append(
-                f"| {row['unit']} | {row['one']['median_s']:.3f} | {name} | {found['median_s']:.3f} "
+                f"| {row['name']} | {row['one']['median_s']:.3f} | {name} | {found['median_s']:.3f} "
                 f"| {found['speed_up']:.2f} | {found['speed_up'] / world:.0%} | {found['difference']:.1e} |"
             )
     return "\n".join(lines)
 
 
-def run_rank(rank: int, meeting_file: str, options: argparse.Namespace) -> None:
+class Progress:
+    """What all starts of the ranks have measured so far, and which row they are at: kept in a folder of the run's."""
+
+    def __init__(self, folder: Path) -> None:
+        self._rows, self._row = folder / "rows.json", folder / "row"
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        return json.loads(self._rows.read_text()) if self._rows.exists() else []
+
+    @property
+    def row(self) -> str | None:
+        """The row that was begun last."""
+        return self._row.read_text() if self._row.exists() else None
+
+    def begin(self, name: str) -> None:
+        self._row.write_text(name)
+
+    def save(self, entry: dict[str, Any], options: argparse.Namespace) -> None:
+        """Keep a row's results, in place of what was known of it, also where the results lie."""
+        rows = [row for row in self.rows if row["name"] != entry["name"]] + [entry]
+        self._rows.write_text(json.dumps(rows))
+        device = "cpu" if options.tiny else torch.cuda.get_device_name()
+        today = datetime.datetime.now(datetime.UTC).date().isoformat()
+        report = {
+            "date": today,
+            "device": f"{options.world} x {device}",
+            "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},
+            "command": " ".join(["python benchmarks/several_gpus.py", *sys.argv[1:]]),
+            "rows": rows,
+        }
+        kind = "tiny" if options.tiny else device.split()[1].lower()
+        options.out.mkdir(parents=True, exist_ok=True)
+        path = options.out / f"{today}-several-gpus-{options.world}x{kind}.json"
+        path.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def run_rank(rank: int, folder: Path, names: list[str], options: argparse.Namespace) -> None:
     device = torch.device("cpu") if options.tiny else torch.device("cuda", rank)
     if options.tiny:
         torch.set_num_threads(1)
-    meet(options.world, rank, device, Path(meeting_file))
     bench = Bench(rank, device, options)
-    rows: list[dict[str, Any]] = []
-    known = rows_of(options.tiny)
+    bench.watch("meeting the others")
+    meet(options.world, rank, device, folder / f"meeting-{len(names)}")
+    known, progress = rows_of(options.tiny), Progress(folder)
     with torch.inference_mode():
-        for name in options.rows or ROWS:
+        for name in names:
             if bench.is_over():
                 break
-            rows.append(run_row(bench, known[name]))
             if rank == 0:
-                save(rows, options)
-    if rank == 0:
-        print(table(rows, options.world), flush=True)
+                progress.begin(name)
+            run_row(bench, known[name], options, lambda entry: progress.save(entry, options))
+            torch._dynamo.reset()  # the limit of programs is a process's
+    bench.watch("done")
     dist.barrier()
     sys.stdout.flush()
     os._exit(0)  # the interpreter's own end may wait for ever in the destructors of process groups
 
 
-def save(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
-    device = "cpu" if options.tiny else torch.cuda.get_device_name()
-    today = datetime.datetime.now(datetime.UTC).date().isoformat()
-    report = {
-        "date": today,
-        "device": f"{options.world} x {device}",
-        "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},
-        "command": " ".join(["python benchmarks/several_gpus.py", *sys.argv[1:]]),
-        "rows": rows,
-    }
-    kind = "tiny" if options.tiny else device.split()[1].lower()
-    name = f"{today}-several-gpus-{options.world}x{kind}{'-compiled' if options.compile else ''}.json"
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / name).write_text(json.dumps(report, indent=1) + "\n")
+def run_world(names: list[str], options: argparse.Namespace) -> None:
+    """Run rows on `options.world` ranks; where one fails or hangs, the others are run by a new start."""
+    until = time.perf_counter() + options.seconds
+    with tempfile.TemporaryDirectory(prefix="several-gpus-") as folder:
+        progress = Progress(Path(folder))
+        while names and options.seconds > 0:
+            try:
+                torch.multiprocessing.spawn(
+                    run_rank, args=(Path(folder), names, options), nprocs=options.world, join=True
+                )
+                break
+            except (
+                torch.multiprocessing.ProcessRaisedException,
+                torch.multiprocessing.ProcessExitedException,
+            ) as error:
+                failed = progress.row
+                print(f"{failed or 'the start'} failed: {error}", file=sys.stderr, flush=True)
+                if failed not in names:
+                    break
+                names = names[names.index(failed) + 1 :]
+                options.seconds = until - time.perf_counter()
+        print(table(progress.rows, options.world), flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("rows", nargs="*", help=f"any of {', '.join(ROWS)}; default: all")
+    names = list(rows_of(tiny=False))
+    parser.add_argument("rows", nargs="*", help=f"any of {', '.join(names)}; default: all")
     parser.add_argument("--worlds", type=int, nargs="+", help="numbers of GPUs; default: 2 and 4, as far as there are")
     parser.add_argument("--clip", action="store_true", help="and one clip through the HTTP API")
-    parser.add_argument("--compile", action="store_true", help="compile the repeated blocks")
+    parser.add_argument("--profile", action="store_true", help="and where the time of a step goes")
     parser.add_argument("--seconds", type=float, default=540, help="begin nothing more after this long")
+    parser.add_argument("--patience", type=float, default=200, help="seconds one row and layout may take")
     parser.add_argument("--tiny", action="store_true", help="small networks on a CPU")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
     options = parser.parse_args()
-    if unknown := set(options.rows) - set(ROWS):
+    known = list(rows_of(options.tiny))
+    if unknown := set(options.rows) - set(known):
         parser.error(f"no such row: {', '.join(sorted(unknown))}")
     count = 2 if options.tiny else torch.cuda.device_count()
     worlds = options.worlds or [world for world in (2, 4) if world <= count]
@@ -270,10 +430,7 @@ def main() -> None:
         options.world = world
         # What is left is divided evenly among the runs to come.
         options.seconds = (until - time.perf_counter()) / (len(worlds) - number + 1)
-        with tempfile.TemporaryDirectory(prefix="several-gpus-") as folder:
-            torch.multiprocessing.spawn(
-                run_rank, args=(str(Path(folder) / "meeting"), options), nprocs=options.world, join=True
-            )
+        run_world(options.rows or known, options)
     if options.clip:
         draw_clip(worlds[-1], options)
 
