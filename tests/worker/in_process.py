@@ -4,7 +4,7 @@ The processes are forked from one that has imported torch and diffusers already,
 seconds of a core.
 """
 
-import concurrent.futures
+import faulthandler
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -25,9 +25,22 @@ PATIENCE_S = 280
 
 
 def in_process(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-    """Return what a function of a module's top level returns. The processes it started are ended with it."""
-    with concurrent.futures.ProcessPoolExecutor(max_workers=1, mp_context=warm()) as pool:
-        return pool.submit(_ending_its_own, function, *args, **kwargs).result(timeout=PATIENCE_S)
+    """Return what a function of a module's top level returns, or raise what it raises. The processes it started are
+    ended with it, and it is killed: the end of an interpreter may wait for ever for ranks that are gone."""
+    context = warm()
+    ours, theirs = context.Pipe()
+    with theirs:
+        process = context.Process(target=_ending_its_own, args=(theirs, function, args, kwargs))
+        process.start()
+    try:
+        assert ours.poll(PATIENCE_S), f"{function.__name__} does not end"
+        failure, value = ours.recv()
+        if failure is not None:
+            raise failure
+        return value
+    finally:
+        process.kill()
+        process.join()
 
 
 def on_ranks(function: Callable[Concatenate[int, int, P], R], world: int, *args: P.args) -> list[R]:
@@ -58,7 +71,13 @@ def on_ranks(function: Callable[Concatenate[int, int, P], R], world: int, *args:
 
 
 def _tell(end: Connection, function: Callable[..., R], *args: object) -> None:
+    _end_in_time()
     end.send(function(*args))
+
+
+def _end_in_time() -> None:
+    """Let this process end, and say on stderr where it stood, a little before whoever waits for it gives up."""
+    faulthandler.dump_traceback_later(PATIENCE_S - 10, exit=True)
 
 
 def warm() -> multiprocessing.context.ForkServerContext:
@@ -68,15 +87,23 @@ def warm() -> multiprocessing.context.ForkServerContext:
     return context
 
 
-def _ending_its_own(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+def _ending_its_own(
+    end: Connection, function: Callable[..., R], args: tuple[object, ...], kwargs: dict[str, object]
+) -> None:
+    """Tell `end` what the function raised, or None, and what it returned."""
+    _end_in_time()
     if not torch.cuda.is_available():
         leader.start_follower = ForkedFollower
     try:
-        return function(*args, **kwargs)
+        end.send((None, function(*args, **kwargs)))
+    except Exception as error:
+        traceback.print_exc()
+        end.send((error, None))
     finally:
         for child in psutil.Process().children(recursive=True):
             child.kill()
             child.wait()
+    end.recv()  # nothing comes: what was sent is fetched from this process, which is killed then
 
 
 class ForkedFollower:

@@ -116,3 +116,13 @@ def test_every_layout_draws_what_one_rank_draws(name, family_folder, tmp_path):
         drawn = in_process(draw, folder, tmp_path, denoisers, [jobs], settings)[0]
         for job_id, latents in reference.latents.items():
             assert relative_error(drawn.latents[job_id], latents) < TOLERANCE, layout
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("layout", ["Ulysses 2", "CFG 2"])
+def test_compiled_blocks_draw_over_two_ranks_what_plain_ones_draw_on_one(layout, family_folder, tmp_path):
+    job = guided("wan-2.1")[0]
+    folder, denoisers = family_folder("wan-2.1"), FAMILIES["wan-2.1"].denoisers
+    plain = in_process(draw, folder, tmp_path, denoisers, [[job]], {})[0]
+    compiled = in_process(draw, folder, tmp_path, denoisers, [[job]], LAYOUTS[layout] | {"compile": True})[0]
+    assert relative_error(compiled.latents[job.job_id], plain.latents[job.job_id]) < TOLERANCE

@@ -9,8 +9,8 @@ from photogram.core.parallel import Degrees, resolve_degrees
 from photogram.worker.parallel.decoding import can_split
 
 from .in_process import on_ranks
-from .ranks import denoiser_differences
-from .vae_ranks import decoder_differences
+from .ranks import attention_differences, denoiser_differences
+from .vae_ranks import decoder_differences, fused_decoder_differences
 
 WORLD = 4
 FAMILIES = (
@@ -36,10 +36,47 @@ def test_every_layout_of_four_ranks_gives_what_one_rank_gives(family_folder, tmp
     assert {name: error for name, error in differences.items() if not error < TOLERANCE} == {}
 
 
+def test_heads_exchanged_at_once_or_in_parts_attend_as_on_one_rank(tmp_path):
+    for differences in on_ranks(attention_differences, 2, "cpu", tmp_path / "meeting"):
+        assert len(differences) == 8
+        assert {name: error for name, error in differences.items() if not error < TOLERANCE} == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "tuned"),
+    [
+        ("wan-2.1", "fused and traced"),
+        pytest.param("flux-1", "fused and traced", marks=pytest.mark.long),
+        pytest.param("qwen-image", "fused and traced", marks=pytest.mark.long),
+        pytest.param("flux-2-klein", "fused and traced", marks=pytest.mark.long),
+        pytest.param("wan-2.2-ti2v", "fused and traced", marks=pytest.mark.long),
+        pytest.param("z-image", "fused and traced", marks=pytest.mark.long),
+        pytest.param("stable-diffusion-3", "traced", marks=pytest.mark.long),
+        pytest.param("ltx", "traced", marks=pytest.mark.long),
+        pytest.param("hunyuan-video-1.5", "traced", marks=pytest.mark.long),
+        pytest.param("qwen-image", "fused", marks=pytest.mark.long),
+        pytest.param("flux-1", "compiled", marks=pytest.mark.long),
+        pytest.param("wan-2.1", "compiled", marks=pytest.mark.long),
+    ],
+)
+def test_fused_and_compiled_blocks_over_two_ranks_give_what_one_gives(name, tuned, family_folder, tmp_path):
+    ranks = on_ranks(denoiser_differences, 2, "cpu", tmp_path / "meeting", [family_folder(name)], [tuned])
+    assert set(ranks[0]) == {f"{name} {layout} {tuned}" for layout in ("2x1", "1x2")}
+    assert {name: error for name, error in ranks[0].items() if not error < TOLERANCE} == {}
+
+
 def test_a_picture_or_clip_decoded_in_bands_is_what_one_rank_decodes(family_folder, tmp_path):
     folders = [family_folder(name) for name in DECODED]
     differences = on_ranks(decoder_differences, 3, "cpu", tmp_path / "meeting", folders)[0]
     assert set(differences) == {f"{name} {shape}" for name in DECODED for shape in ("wide", "tall", "small")}
+    assert {name: error for name, error in differences.items() if not error < TOLERANCE} == {}
+
+
+@pytest.mark.long
+def test_a_decoder_over_fused_kernels_decodes_in_bands_what_the_plain_one_does(family_folder, tmp_path):
+    folders = [family_folder(name) for name in ("wan-2.1", "wan-2.2-ti2v")]
+    differences = on_ranks(fused_decoder_differences, 3, "cpu", tmp_path / "meeting", folders)[0]
+    assert len(differences) == 6
     assert {name: error for name, error in differences.items() if not error < TOLERANCE} == {}
 
 

@@ -106,7 +106,7 @@ def copy_without_compiling(network: torch.nn.Module) -> torch.nn.Module:
     return plain.eval()
 
 
-@pytest.mark.parametrize("conflict", [{"num_gpus": 2}, {"dit_layerwise_offload": True}, {"step_cache": "first-block"}])
+@pytest.mark.parametrize("conflict", [{"dit_layerwise_offload": True}, {"step_cache": "first-block"}])
 def test_what_needs_blocks_to_stand_is_refused_beside_what_changes_them_at_every_call(conflict):
     with pytest.raises(ConfigError, match="--compile: not with"):
         ServeConfig(compile=True, **conflict)

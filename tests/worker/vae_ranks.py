@@ -9,7 +9,10 @@ from diffusers import DiffusionPipeline
 from photogram.core.parallel import Degrees
 from photogram.worker.parallel.decoding import LEAST_ROWS, can_split, split_decoder
 from photogram.worker.parallel.lengths import Lengths
-from photogram.worker.parallel.mesh import arrange, meet
+from photogram.worker.parallel.mesh import arrange
+from photogram.worker.tuning.fusing import fuse
+
+from .ranks import met
 
 
 def latents_of(vae: torch.nn.Module, *, rows: int, columns: int) -> torch.Tensor:
@@ -22,10 +25,13 @@ def latents_of(vae: torch.nn.Module, *, rows: int, columns: int) -> torch.Tensor
 
 def decoder_differences(rank: int, world: int, kind: str, meeting_file: Path, folders: list[Path]) -> dict[str, float]:
     """Return, on the first rank, the largest difference of each model and shape, over the spread of what is right."""
-    torch.set_num_threads(1)
-    device = torch.device(kind, rank) if kind == "cuda" else torch.device(kind)
-    torch.backends.cudnn.allow_tf32 = False
-    meet(world, rank, device, meeting_file)
+    return compare_decoders(rank, world, met(rank, world, kind, meeting_file), folders)
+
+
+def compare_decoders(
+    rank: int, world: int, device: torch.device, folders: list[Path], *, fused: bool = False
+) -> dict[str, float]:
+    """`decoder_differences` of ranks that have met; `fused`, with the decoder's parts over fused kernels."""
     mesh = arrange(Degrees(ulysses=world), rank, device)
     differences = {}
     widths: list[int] = []  # of what the last layer gets, along the longer side
@@ -39,6 +45,8 @@ def decoder_differences(rank: int, world: int, kind: str, meeting_file: Path, fo
             cases = {name: latents.to(device) for name, latents in cases.items()}
             alone = {name: vae.decode(latents).sample for name, latents in cases.items()} if rank == 0 else {}
             lengths = Lengths(mesh)
+            if fused:
+                assert fuse(vae)
             split_decoder(vae, mesh, lengths)
             vae.decoder.conv_out.register_forward_pre_hook(lambda _, args: widths.append(max(args[0].shape[-2:])))
             for name, latents in cases.items():
@@ -54,3 +62,10 @@ def decoder_differences(rank: int, world: int, kind: str, meeting_file: Path, fo
                         differences[key] = max(error, differences.get(key, 0.0))
     dist.barrier()  # the last may still wait for what the first has to send
     return differences
+
+
+def fused_decoder_differences(
+    rank: int, world: int, kind: str, meeting_file: Path, folders: list[Path]
+) -> dict[str, float]:
+    """The same of decoders over fused kernels, against the plain ones."""
+    return compare_decoders(rank, world, met(rank, world, kind, meeting_file), folders, fused=True)

@@ -270,9 +270,7 @@ class ServeConfig:
         self._check_loras()
 
     def _check_blocks_stand(self, flag: str) -> None:
-        """What is compiled, recorded or replaced may neither be split nor change from step to step."""
-        if self.degrees.world_size > 1:
-            raise ConfigError(f"{flag}: not with --num-gpus {self.num_gpus}.")
+        """What is compiled, recorded or replaced may not change from step to step."""
         if self.dit_layerwise_offload and flag != "--fused-kernels":
             raise ConfigError(f"{flag}: not with --dit-layerwise-offload.")
         if self.step_cache != "none":

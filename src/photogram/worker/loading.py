@@ -246,21 +246,22 @@ def prepare(
     )
     if config.step_cache == "first-block":
         _enable_step_cache(pipeline.components.values(), config.step_cache_threshold)
+    networks = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
+    tuned = tune(networks, frozenset(filter(is_denoiser, networks)), config.tuning, device)
     vae = pipeline.components.get("vae")
     decodes = group is not None and _splits_vae(vae, config)
     if group is not None:
         denoisers = {name: part for name, part in pipeline.components.items() if is_denoiser(name) and part is not None}
         group.shard(denoisers, vae if decodes else None)
         logger.info("the VAE decodes %s", "on all of them" if decodes else "on the first of them")
-    networks = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
-    tuned = tune(networks, frozenset(filter(is_denoiser, networks)), config.tuning, device)
     visiting = {name for name in pipeline.components if is_offloaded(name, config.placement) and device.type != "cpu"}
     can_change = tuple(lora_modules(pipeline))
     card = msgspec.structs.replace(card, lora_modules=can_change, tuning=tuned.lines, room=room)
     modules = big_modules(pipeline.components if upsampler is None else pipeline.components | {UPSAMPLER: upsampler})
     for module in modules.values():
         module.around_calls = tuned.attention.around_calls
-        if module.name not in visiting:  # a graph knows weights by their place
+        # A graph knows weights by their place, and other ranks not at all.
+        if module.name not in visiting and not (module.is_denoiser and config.degrees.sequence > 1):
             module.graphs = tuned.graphs
     for name in card.lora_modules:
         network = modules[name].module
@@ -268,6 +269,8 @@ def prepare(
         modules[name].loras = ModuleServing(name, network, device, share)
     if group is not None:
         group.take_over(modules, decodes=decodes)
+        if tuned.graphs is not None and config.degrees.sequence > 1:
+            logger.info("calls of the denoiser run without CUDA graphs: in their middle devices wait for each other")
     visitors = offload(modules, config.placement, device)
     runs_alone = any(changes_its_denoiser(type(one)) for one in by_use.values())
     for one in {id(one): one for one in by_use.values()}.values():

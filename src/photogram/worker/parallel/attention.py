@@ -5,22 +5,39 @@ Shapes: B batch, S tokens (of one rank where nothing else is said), H heads, D h
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import itertools
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends
 
 from .lengths import Lengths
 from .mesh import Mesh
 
+_HALVES = (torch.bfloat16, torch.float16)
 
-@dataclass(frozen=True, slots=True)
+# Of a rank's queries. Below that an exchange takes about as long as it takes to launch another one.
+LEAST_BYTES_IN_PARTS = 32_000_000
+
+# Operators take numbers, no objects: compiled code names its ranks by one, as torch's own collectives do their groups.
+_numbers = itertools.count()
+_numbered: weakref.WeakValueDictionary[int, Shares] = weakref.WeakValueDictionary()
+
+
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class Shares:
     """What attention needs to know of the ranks; kept where diffusers keeps its own parallel configuration."""
 
     mesh: Mesh
     lengths: Lengths
+    number: int = field(default_factory=_numbers.__next__, init=False)
+
+    def __post_init__(self) -> None:
+        _numbered[self.number] = self
 
 
 def attend(
@@ -30,24 +47,61 @@ def attend(
     """Return this rank's rows of the attention of all ranks' tokens to all ranks' tokens, (B, S, H, D).
 
     `mask` tells of this rank's keys, (B, S), (B, 1, 1, S) or (B, H, 1, S), boolean or additive. Raises ValueError for a
-    mask that differs from query to query, which cannot be told from one rank's part.
+    mask that differs from query to query, which cannot be told from one rank's part. Compiled, it is one operator.
     """
+    if torch.compiler.is_compiling():
+        return _attend_as_operator(q_BSHD, k_BSHD, v_BSHD, mask, scale, shares.number)
+    return _attend(q_BSHD, k_BSHD, v_BSHD, mask, scale, shares)
+
+
+# A compiler may not look into it: lengths are asked of other ranks, and collectives are no part of a graph.
+@torch.library.custom_op("photogram::attend_over_ranks", mutates_args=())
+def _attend_as_operator(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float | None, shares: int
+) -> torch.Tensor:
+    return _attend(q, k, v, mask, scale, _numbered[shares]).contiguous()
+
+
+@_attend_as_operator.register_fake
+def _(q, k, v, mask, scale, shares):  # noqa: ANN001, ANN202
+    return q.new_empty(q.shape)
+
+
+def _attend(
+    q_BSHD: torch.Tensor, k_BSHD: torch.Tensor, v_BSHD: torch.Tensor, mask: torch.Tensor | None,
+    scale: float | None, shares: Shares,
+) -> torch.Tensor:  # fmt: skip
     mesh = shares.mesh
     q_lengths = shares.lengths.of(q_BSHD.shape[1])
     k_lengths = shares.lengths.of(k_BSHD.shape[1])
     bias_BHS = None if mask is None else _of_own_heads(shares.lengths.gather(_as_bias(mask, q_BSHD.dtype), 2), mesh)
     in_group = _members(mesh.ring_index, mesh)
-    q, k, v = (
-        _heads_for_tokens(x, [lengths[rank] for rank in in_group], mesh)
-        for x, lengths in ((q_BSHD, q_lengths), (k_BSHD, k_lengths), (v_BSHD, k_lengths))
-    )
-    if mesh.degrees.ring == 1:
-        bias = None if bias_BHS is None else bias_BHS[:, :, None, :]
-        out = F.scaled_dot_product_attention(*(_heads_first(x) for x in (q, k, v)), attn_mask=bias, scale=scale)
-        out = out.transpose(1, 2)
-    else:
-        out = _around_the_ring(q, k, v, bias_BHS, k_lengths, scale, mesh)
-    return _tokens_for_heads(out, [q_lengths[rank] for rank in in_group], mesh)
+    queries, keys = ([lengths[rank] for rank in in_group] for lengths in (q_lengths, k_lengths))
+    num_parts = _num_parts(q_BSHD, max(q_lengths), mesh)
+    # All are on their way at once, one behind the other: the first part attends while the next one travels.
+    parts = [_heads_sent(q_BSHD, k_BSHD, v_BSHD, queries, keys, (part, num_parts), mesh) for part in range(num_parts)]
+    returning = []
+    for part, arrived in enumerate(parts):
+        q, k, v = arrived()
+        if mesh.degrees.ring == 1:
+            bias = None if bias_BHS is None else _heads_of_part(bias_BHS, part, num_parts)[:, :, None, :]
+            out = F.scaled_dot_product_attention(*(_heads_first(x) for x in (q, k, v)), attn_mask=bias, scale=scale)
+            out = out.transpose(1, 2)
+        else:
+            out = _around_the_ring(q, k, v, bias_BHS, k_lengths, scale, mesh)
+        returning.append(_tokens_sent(out, queries, mesh))
+    return _joined(returning, q_BSHD.shape)
+
+
+def _num_parts(q_BSHD: torch.Tensor, longest: int, mesh: Mesh) -> int:
+    """Return in how many parts the heads of a rank are exchanged: on all ranks the same, so by the `longest` share."""
+    own_heads = q_BSHD.shape[2] // mesh.degrees.ulysses
+    is_large = q_BSHD.nbytes // q_BSHD.shape[1] * longest >= LEAST_BYTES_IN_PARTS
+    return 2 if mesh.degrees.ulysses > 1 and mesh.degrees.ring == 1 and is_large and own_heads % 2 == 0 else 1
+
+
+def _heads_of_part(bias_BHS: torch.Tensor, part: int, num_parts: int) -> torch.Tensor:
+    return bias_BHS if bias_BHS.shape[1] == 1 else bias_BHS.chunk(num_parts, dim=1)[part]
 
 
 def _of_own_heads(bias_BHS: torch.Tensor, mesh: Mesh) -> torch.Tensor:
@@ -65,29 +119,73 @@ def _members(ring_index: int, mesh: Mesh) -> range:
 # --- Ulysses ------------------------------------------------------------------------------------------------------
 
 
-def _heads_for_tokens(x_BSHD: torch.Tensor, lengths: list[int], mesh: Mesh) -> torch.Tensor:
-    """Give away all heads but this rank's share and get them of the whole group's tokens: (B, S of all, H / U, D)."""
-    U = mesh.degrees.ulysses
-    if U == 1:
-        return x_BSHD
-    B, S, H, D = x_BSHD.shape
-    mine = x_BSHD.reshape(B, S, U, H // U, D).permute(2, 1, 0, 3, 4).reshape(U * S, B, H // U, D).contiguous()
-    theirs = mine.new_empty(sum(lengths), B, H // U, D)
-    dist.all_to_all_single(theirs, mine, lengths, [S] * U, group=mesh.ulysses)
-    return theirs.transpose(0, 1)
+def _heads_sent(
+    q_BSHD: torch.Tensor, k_BSHD: torch.Tensor, v_BSHD: torch.Tensor, queries: list[int], keys: list[int],
+    part: tuple[int, int], mesh: Mesh,
+) -> Callable[[], tuple[torch.Tensor, ...]]:  # fmt: skip
+    """Begin to exchange queries, keys and values, in one piece where they have the same tokens; what is returned waits
+    for them. `part`: which one, and of how many."""
+    if queries == keys:
+        return _heads_for_tokens((q_BSHD, k_BSHD, v_BSHD), keys, part, mesh)
+    q = _heads_for_tokens((q_BSHD,), queries, part, mesh)
+    k_v = _heads_for_tokens((k_BSHD, v_BSHD), keys, part, mesh)
+    return lambda: q() + k_v()
 
 
-def _tokens_for_heads(x_BShD: torch.Tensor, lengths: list[int], mesh: Mesh) -> torch.Tensor:
-    """The way back: (B, S of all, H / U, D) to this rank's tokens with all heads."""
+def _heads_for_tokens(
+    tensors_BSHD: tuple[torch.Tensor, ...], lengths: list[int], part: tuple[int, int], mesh: Mesh
+) -> Callable[[], tuple[torch.Tensor, ...]]:
+    """Give away all heads but this rank's share of each tensor and get them of the whole group's tokens: for each
+    (B, S of all, h, D), h heads being a part of H / U. The tensors are of one shape and travel together."""
     U = mesh.degrees.ulysses
     if U == 1:
-        return x_BShD
-    B, _, h, D = x_BShD.shape
-    S = lengths[mesh.ulysses_index]
+        return lambda: tensors_BSHD
+    B, S, _, D = tensors_BSHD[0].shape
+    index, num_parts = part
+    by_rank = [x.reshape(B, S, U, num_parts, -1, D)[:, :, :, index].permute(2, 1, 0, 3, 4) for x in tensors_BSHD]
+    mine = torch.stack(by_rank, dim=2)  # (U, S, tensors, B, h, D)
+    theirs = mine.new_empty(sum(lengths), *mine.shape[2:])
+    work = dist.all_to_all_single(
+        theirs, mine.flatten(0, 1), lengths, [S] * U, group=mesh.ulysses, async_op=True
+    )  # fmt: skip
+
+    def arrived() -> tuple[torch.Tensor, ...]:
+        work.wait()
+        return tuple(x.transpose(0, 1) for x in theirs.unbind(1))
+
+    return arrived
+
+
+def _tokens_sent(x_BShD: torch.Tensor, lengths: list[int], mesh: Mesh) -> Callable[[], torch.Tensor]:
+    """Begin the way back: (B, S of all, h, D) to this rank's tokens with these heads of all, (U, S, B, h, D)."""
+    U = mesh.degrees.ulysses
     mine = x_BShD.transpose(0, 1).contiguous()
-    theirs = mine.new_empty(U * S, B, h, D)
-    dist.all_to_all_single(theirs, mine, [S] * U, lengths, group=mesh.ulysses)
-    return theirs.reshape(U, S, B, h, D).permute(2, 1, 0, 3, 4).reshape(B, S, U * h, D)
+    if U == 1:
+        return lambda: mine[None]
+    S = lengths[mesh.ulysses_index]
+    theirs = mine.new_empty(U * S, *mine.shape[1:])
+    work = dist.all_to_all_single(theirs, mine, [S] * U, lengths, group=mesh.ulysses, async_op=True)
+
+    def arrived() -> torch.Tensor:
+        work.wait()
+        return theirs.unflatten(0, (U, S))
+
+    return arrived
+
+
+def _joined(parts_USBhD: Sequence[Callable[[], torch.Tensor]], shape: torch.Size) -> torch.Tensor:
+    """Return all parts' heads in their order, (B, S, H, D)."""
+    if len(parts_USBhD) == 1:
+        return parts_USBhD[0]().permute(2, 1, 0, 3, 4).reshape(shape)
+    together: torch.Tensor | None = None
+    for index, arrived in enumerate(parts_USBhD):
+        part = arrived()
+        U, S, B, h, D = part.shape
+        if together is None:
+            together = part.new_empty(B, S, U, len(parts_USBhD), h, D)
+        together[:, :, :, index] = part.permute(2, 1, 0, 3, 4)
+    assert together is not None
+    return together.reshape(shape)
 
 
 # --- ring ---------------------------------------------------------------------------------------------------------
@@ -124,9 +222,8 @@ def _around_the_ring(
         if out is None or lse is None:
             out, lse = part.float(), part_lse
         else:
-            joint = torch.logaddexp(lse, part_lse)
-            out = out * (lse - joint).exp().unsqueeze(-1) + part.float() * (part_lse - joint).exp().unsqueeze(-1)
-            lse = joint
+            out = torch.lerp(out, part.float(), (part_lse - lse).sigmoid().unsqueeze(-1))
+            lse = torch.logaddexp(lse, part_lse)
         for transfer in transfers:
             transfer.wait()
         if arriving is not None:
@@ -147,7 +244,12 @@ def _attention_with_lse(
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q_BHSD, k_BHSD, v_BHSD, attn_mask=bias, scale=scale
         )
-    elif bias is None and q_BHSD.dtype in (torch.bfloat16, torch.float16):
+    elif bias is None and _takes_cudnn(q_BHSD):
+        # Of other layouts its logarithms are not to be relied on (diffusers' own note on this operator).
+        own = (x.contiguous() for x in (q_BHSD, k_BHSD, v_BHSD))
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(*own, None, True, scale=scale)
+        lse = lse.reshape(q_BHSD.shape[:3])
+    elif bias is None and q_BHSD.dtype in _HALVES:
         out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q_BHSD, k_BHSD, v_BHSD, scale=scale)
     else:
         if bias is not None:
@@ -158,8 +260,17 @@ def _attention_with_lse(
     return out, lse[..., : q_BHSD.shape[2]].float()
 
 
+def _takes_cudnn(q_BHSD: torch.Tensor) -> bool:
+    """Say whether a call of torch's attention would try cuDNN's kernels first."""
+    order = _cur_sdpa_kernel_backends(with_priority=True)
+    return q_BHSD.dtype in _HALVES and bool(order) and order[0] == SDPBackend.CUDNN_ATTENTION
+
+
 def _heads_first(x_BSHD: torch.Tensor) -> torch.Tensor:
-    return x_BSHD.transpose(1, 2).contiguous()
+    """(B, H, S, D). Of one row the layout is that of a packed projection of queries, keys and values, which every
+    kernel reads as it is."""
+    x_BHSD = x_BSHD.transpose(1, 2)
+    return x_BHSD if x_BHSD.shape[0] == 1 else x_BHSD.contiguous()
 
 
 # --- masks --------------------------------------------------------------------------------------------------------

@@ -18,9 +18,10 @@ from diffusers.models.cache_utils import CacheMixin
 
 from ...core.errors import ConfigError
 from ..loading import load_for_follower
-from ..modules import forget_step_caches, is_denoiser
+from ..modules import forget_step_caches
 from ..parent import end_with_parent
 from ..process import configure_logging
+from ..tuning.graphs import Graphs
 from ..tuning.tune import tune
 from .arguments import outline, receive, receive_into, send_to_leader
 from .attention import Shares
@@ -49,15 +50,16 @@ def main(arguments: list[str]) -> int:
         mesh = join(first.degrees, first.rank, device, Path(first.meeting_file))
         lengths = Lengths(mesh)
         try:
-            modules, vae = load_for_follower(first.config, device)
-            for module in modules.values():
-                if mesh.size > 1:
-                    shard(module, Shares(mesh, lengths))
-                    agree(module, mesh, lengths)
+            denoisers, vae = load_for_follower(first.config, device)
+            modules = denoisers if vae is None else denoisers | {"vae": vae}
+            tuned = tune(modules, frozenset(denoisers), first.config.tuning, device)
+            if mesh.size > 1:
+                shares = Shares(mesh, lengths)
+                for denoiser in denoisers.values():
+                    shard(denoiser, shares)
+                    agree(denoiser, mesh, lengths)
             if vae is not None:
                 split_decoder(vae, mesh, lengths)
-                modules["vae"] = vae
-            tuned = tune(modules, frozenset(filter(is_denoiser, modules)), first.config.tuning, device)
         except (ConfigError, RuntimeError) as error:
             link.send(Loaded(str(error)))
             return 2
@@ -71,14 +73,14 @@ def main(arguments: list[str]) -> int:
                     forget_step_caches(modules[name], owner)
                 case RunCall():
                     with tuned.attention.around_calls():
-                        outcome, tensors = _run(order, modules, mesh, lengths)
+                        outcome, tensors = _run(order, modules, mesh, lengths, tuned.graphs)
                     link.send(outcome)
                     send_to_leader(tensors, mesh)
     return 0
 
 
 def _run(
-    order: RunCall, modules: dict[str, torch.nn.Module], mesh: Mesh, lengths: Lengths
+    order: RunCall, modules: dict[str, torch.nn.Module], mesh: Mesh, lengths: Lengths, graphs: Graphs | None
 ) -> tuple[Outcome, list[torch.Tensor]]:
     """Run this rank's share of a call; return what to say of it and the tensors that go with that."""
     tensors: list[torch.Tensor] = []
@@ -90,7 +92,13 @@ def _run(
             if order.cache_context is not None:
                 stack.enter_context(CacheMixin.cache_context(modules[order.module], order.cache_context))
             lengths.begin(shape_of(order))
-            result = getattr(modules[order.module], order.method)(*arguments["args"], **arguments["kwargs"])
+            real, args, kwargs = getattr(modules[order.module], order.method), arguments["args"], arguments["kwargs"]
+            # The leader's rule (`BigModule.run`): a graph holds a network's own code, and no exchange with other ranks.
+            is_plain = order.method == "forward" and order.autocast is None and order.cache_context is None
+            if graphs is not None and is_plain and mesh.size == 1:
+                result = graphs.run(order.module, real, args, kwargs)
+            else:
+                result = real(*args, **kwargs)
             lengths.end()
             answer = outline(result, tensors) if order.answers and mesh.rank == 0 else None
     except Exception as error:

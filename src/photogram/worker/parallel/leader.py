@@ -107,8 +107,9 @@ class Group:
         self._lengths = Lengths(self._mesh)
         self._denoisers = denoisers
         if self._degrees.sequence > 1:
+            shares = Shares(self._mesh, self._lengths)
             for denoiser in denoisers.values():
-                shard(denoiser, Shares(self._mesh, self._lengths))
+                shard(denoiser, shares)
                 agree(denoiser, self._mesh, self._lengths)
         if vae is not None:
             split_decoder(vae, self._mesh, self._lengths)

@@ -7,11 +7,12 @@ diffusers' own code refuses lengths that do not divide and has no attention with
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from diffusers.hooks import HookRegistry
+from diffusers.hooks import ModelHook
 from diffusers.hooks.context_parallel import ContextParallelGatherHook, ContextParallelSplitHook
 from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
@@ -38,7 +39,8 @@ def num_heads(config: Mapping[str, Any]) -> int | None:
 
 
 def shard(denoiser: torch.nn.Module, shares: Shares) -> None:
-    """Make a denoiser run sharded from now on. To be called on every rank, before its methods are wrapped.
+    """Make a denoiser run sharded from now on. To be called on every rank, after its blocks were replaced or compiled
+    and before its methods are wrapped.
 
     `fitting` has seen to it that there is a plan and that its heads divide.
     """
@@ -51,7 +53,25 @@ def shard(denoiser: torch.nn.Module, shares: Shares) -> None:
     for path, entry in plan.edges.items():
         for module in _found(denoiser, path):
             hook = _Split(entry, shares) if isinstance(entry, dict) else _Gather(_outputs(entry), shares)
-            HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, f"photogram_shares---{path}")
+            _put_around(module, hook)
+
+
+def _put_around(module: torch.nn.Module, hook: ModelHook) -> None:
+    """Let a module's calls run within a hook.
+
+    Around what is compiled, not within it: blocks at an edge then run the program that all others run, and lengths that
+    differ from rank to rank are no part of it.
+    """
+    hook.initialize_hook(module)
+    place = "forward" if module._compiled_call_impl is None else "_compiled_call_impl"
+    real = getattr(module, place)
+
+    @functools.wraps(real)
+    def hooked(*args: Any, **kwargs: Any) -> Any:
+        args, kwargs = hook.pre_forward(module, *args, **kwargs)
+        return hook.post_forward(module, real(*args, **kwargs))
+
+    setattr(module, place, hooked)
 
 
 def _split_attention(module: torch.nn.Module, plan: Plan, shares: Shares) -> None:

@@ -53,7 +53,14 @@ class FusedFluxProcessor(FluxAttnProcessor):
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
         rotation = Rotation.of_repeated(*image_rotary_emb)
         query, key, value = projected(attn, hidden_states, encoder_hidden_states, rotation)
-        attended = dispatch_attention_fn(query, key, value, attn_mask=attention_mask, backend=self._attention_backend)
+        attended = dispatch_attention_fn(
+            query,
+            key,
+            value,
+            attn_mask=attention_mask,
+            backend=self._attention_backend,
+            parallel_config=self._parallel_config,
+        )
         attended = attended.flatten(2, 3)
         if encoder_hidden_states is None:
             return attended

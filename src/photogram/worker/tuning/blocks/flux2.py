@@ -35,7 +35,14 @@ class FusedFlux2Processor(Flux2AttnProcessor):
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
         rotation = Rotation.of_repeated(*image_rotary_emb)
         query, key, value = projected(attn, hidden_states, encoder_hidden_states, rotation)
-        attended = dispatch_attention_fn(query, key, value, attn_mask=attention_mask, backend=self._attention_backend)
+        attended = dispatch_attention_fn(
+            query,
+            key,
+            value,
+            attn_mask=attention_mask,
+            backend=self._attention_backend,
+            parallel_config=self._parallel_config,
+        )
         attended = attended.flatten(2, 3)
         num_text = encoder_hidden_states.shape[1]
         text, picture = attended[:, :num_text], attended[:, num_text:]
@@ -62,6 +69,7 @@ class FusedFlux2ParallelProcessor(Flux2ParallelSelfAttnProcessor):
             value,
             attn_mask=attention_mask,
             backend=self._attention_backend,
+            parallel_config=self._parallel_config,
         )
         return attn.to_out(torch.cat((attended.flatten(2, 3), attn.mlp_act_fn(gated)), dim=-1))
 

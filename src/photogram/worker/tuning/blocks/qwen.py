@@ -62,6 +62,7 @@ class FusedQwenProcessor(QwenDoubleStreamAttnProcessor2_0):
             torch.cat((text_value, value), dim=1),
             attn_mask=mask,
             backend=self._attention_backend,
+            parallel_config=self._parallel_config,
         ).flatten(2, 3)
         picture = attn.to_out[0](attended[:, num_text:].contiguous())
         return attn.to_out[1](picture), attn.to_add_out(attended[:, :num_text].contiguous())

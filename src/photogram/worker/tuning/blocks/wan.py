@@ -34,7 +34,11 @@ class FusedWanProcessor(WanAttnProcessor):
             cos, sin = rotary_emb  # (1, S, 1, W), each angle twice
             rotation = Rotation.of_repeated(cos[0, :, 0], sin[0, :, 0])
             query, key = rotation.turned(query, attn.norm_q), rotation.turned(key, attn.norm_k)
-        attended = dispatch_attention_fn(query, key, value, backend=self._attention_backend)
+        # Of several ranks each has its share of the clip's tokens and all of the text's.
+        parallel = self._parallel_config if encoder_hidden_states is None else None
+        attended = dispatch_attention_fn(
+            query, key, value, backend=self._attention_backend, parallel_config=parallel
+        )  # fmt: skip
         return attn.to_out[1](attn.to_out[0](attended.flatten(2, 3)))
 
 

@@ -33,6 +33,7 @@ class FusedZImageProcessor(ZSingleStreamAttnProcessor):
             value,
             attn_mask=attention_mask,
             backend=self._attention_backend,
+            parallel_config=self._parallel_config,
         ).flatten(2, 3)
         for layer in attn.to_out:
             attended = layer(attended)
