@@ -1,30 +1,22 @@
-"""How large the parts of a checkpoint are, read from the heads of its safetensors files; no weight is read.
-
-A file begins with the length of its head (8 bytes, little endian) and the head itself: JSON with each tensor's dtype
-and shape (https://github.com/huggingface/safetensors#format).
-"""
+"""How large the parts of a checkpoint are, from the heads of its safetensors files; no weight is read."""
 
 from __future__ import annotations
 
-import json
-import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from ..core.config import Precisions
-from ..core.errors import ConfigError
 from .families import DEFAULTS
+from .tensor_heads import STORED_BYTES, read_head
 
 Kind = Literal["denoiser", "text_encoder", "image_encoder", "vae", "other"]
 
 BYTES_EACH: Mapping[str, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
 _FLOATING = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
-_STORED_BYTES = {"I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2}
-_MOST_HEAD_BYTES = 100_000_000
 _BLOCK = re.compile(r"([A-Za-z_]\w*\.\d+)\.")
 
 
@@ -91,8 +83,9 @@ def parts_of(
         precision = precision_of(name, wanted, index["_class_name"], default)
         blocks: defaultdict[str, int] = defaultdict(int)
         total = outside = 0
-        for tensor, dtype, count in (entry for file in files for entry in _tensors(file)):
-            num_bytes = count * (BYTES_EACH[precision] if dtype in _FLOATING else _STORED_BYTES.get(dtype, 1))
+        for tensor, stored in (entry for file in files for entry in read_head(file).items()):
+            each = BYTES_EACH[precision] if stored.dtype in _FLOATING else STORED_BYTES.get(stored.dtype, 1)
+            num_bytes = stored.count * each
             total += num_bytes
             match = _BLOCK.match(tensor)
             if match is None:
@@ -111,20 +104,3 @@ def weight_files(folder: Path, variant: str | None) -> list[Path]:
         return chosen
     plain = [file for file in files if re.fullmatch(r"[\w-]+", file.stem)]
     return plain or files
-
-
-def _tensors(file: Path) -> Iterator[tuple[str, str, int]]:
-    """Yield name, dtype and number of elements of each tensor of a file."""
-    try:
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if not 2 <= length <= _MOST_HEAD_BYTES:
-                raise ValueError("no head")
-            head = json.loads(stream.read(length))
-        for name, entry in head.items():
-            if name != "__metadata__":
-                yield name, entry["dtype"], math.prod(entry["shape"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(
-            f"'{file.name}' of '{file.parent.name}' cannot be loaded: it is no safetensors file ({error})."
-        ) from None

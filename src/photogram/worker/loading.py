@@ -6,6 +6,7 @@ import copy
 import inspect
 import logging
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -28,7 +29,7 @@ from ..core.errors import ConfigError
 from ..core.footprint import Room
 from ..core.host_memory import available_memory_bytes
 from ..core.request import GenerateRequest
-from ..models.checkpoint import Checkpoint, find_checkpoint
+from ..models.checkpoint import Checkpoint, find_checkpoint, read_index
 from ..models.derive import derive_card
 from ..models.families import CHANGES_ITS_DENOISER
 from ..models.latents import knows_latents
@@ -42,6 +43,7 @@ from .lora.conversion import lora_modules
 from .lora.serving import ModuleServing
 from .memory import memory_of, total_memory_of
 from .modules import BigModule, big_modules
+from .networks import read_networks
 from .parallel.decoding import can_split
 from .parallel.fitting import fit
 from .parallel.leader import Group, RunBoth
@@ -185,20 +187,26 @@ def load_for_follower(
     os.environ["DIFFUSERS_DISABLE_REMOTE_CODE"] = "1"
     checkpoint = find_checkpoint(config.model_path, revision=config.revision, variant=config.variant)
     precisions = _precisions(checkpoint, config.precisions, device)
+
+    def is_wanted(name: str) -> bool:
+        return is_denoiser(name) or (name == "vae" and config.split_vae)
+
+    read = _read_networks(checkpoint, config, precisions, device, is_wanted)
     found: dict[str, torch.nn.Module] = {}
     for name, entry in DiffusionPipeline.load_config(checkpoint.folder, local_files_only=True).items():
-        is_wanted = is_denoiser(name) or (name == "vae" and config.split_vae)
-        if not is_wanted or not isinstance(entry, list) or entry[0] is None:
+        if not is_wanted(name) or not isinstance(entry, list) or entry[0] is None:
             continue
-        with _as_config_error(config):
-            network = getattr(diffusers, entry[1]).from_pretrained(
-                checkpoint.folder,
-                subfolder=name,
-                torch_dtype=precisions.get(name, precisions["default"]),
-                variant=config.variant,
-                use_safetensors=True,
-                local_files_only=True,
-            )
+        network = read.get(name)
+        if network is None:
+            with _as_config_error(config):
+                network = getattr(diffusers, entry[1]).from_pretrained(
+                    checkpoint.folder,
+                    subfolder=name,
+                    torch_dtype=precisions.get(name, precisions["default"]),
+                    variant=config.variant,
+                    use_safetensors=True,
+                    local_files_only=True,
+                )
         if is_denoiser(name) or _splits_vae(network, config):
             found[name] = network.to(device).eval()
     if config.step_cache == "first-block":
@@ -306,14 +314,39 @@ def changes_its_denoiser(pipeline_class: type) -> bool:
 
 
 def _from_folder(checkpoint: Checkpoint, config: WorkerConfig, device: torch.device) -> DiffusionPipeline:
+    """Load the pipeline: what stays on a GPU straight to it, what waits in host memory from the files' mapped pages."""
+    precisions = _precisions(checkpoint, config.precisions, device)
+    read = _read_networks(checkpoint, config, precisions, device, lambda name: not is_offloaded(name, config.placement))
     with _as_config_error(config):
         return DiffusionPipeline.from_pretrained(
             checkpoint.folder,
-            dtype=_precisions(checkpoint, config.precisions, device),
+            dtype=precisions,
             variant=config.variant,
             use_safetensors=True,
             local_files_only=True,
+            **read,
         )
+
+
+def _read_networks(
+    checkpoint: Checkpoint,
+    config: WorkerConfig,
+    precisions: Mapping[str, torch.dtype],
+    device: torch.device,
+    wanted: Callable[[str], bool],
+) -> dict[str, torch.nn.Module]:
+    """Read networks straight to a GPU. On a CPU none: `from_pretrained` maps the files there, and all processes share
+    the page cache's one copy."""
+    if device.type == "cpu":
+        return {}
+    began = time.perf_counter()
+    with _as_config_error(config):
+        index = read_index(checkpoint.folder, config.model_path)
+        read = read_networks(checkpoint.folder, index, precisions, device, wanted=wanted, variant=config.variant)
+    num_bytes = sum(tensor.nbytes for network in read.values() for tensor in network.parameters())
+    seconds = time.perf_counter() - began
+    logger.info("read %.1f GB straight to %s in %.1f s (%s)", num_bytes / 1e9, device, seconds, ", ".join(sorted(read)))
+    return read
 
 
 def _upsampler(checkpoint: Checkpoint, config: WorkerConfig, device: torch.device) -> torch.nn.Module | None:

@@ -34,6 +34,7 @@ class HostWeights:
         self._host = memory.flat
         for tensor, place in self._places.items():
             place.of(self._host).copy_(tensor.data)
+            tensor.data = place.of(self._host)  # what it was is given back before the next is copied
         self.is_pinned = pin and device.type == "cuda" and memory.pin()
         self.is_present = False
         self.leave()
