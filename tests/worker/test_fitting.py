@@ -12,6 +12,7 @@ from photogram.core.errors import ConfigError
 from photogram.core.parallel import Degrees, resolve_degrees
 from photogram.models.checkpoint import Checkpoint, find_checkpoint
 from photogram.models.guided import halves_of
+from photogram.worker import loading
 from photogram.worker.loading import choose_device
 from photogram.worker.parallel.fitting import Layout, fit
 from photogram.worker.parallel.layout_report import layout_answer
@@ -200,6 +201,18 @@ def test_devices_that_are_not_there_are_refused_by_every_replica(four_gpus, want
         with pytest.raises(ConfigError) as refused:
             choose_device(wanted, replica=replica, **groups)
         assert str(refused.value) == named
+
+
+def test_requests_are_admitted_by_the_devices_that_share_a_sequence(family_folder, monkeypatch):
+    folder = family_folder("wan-2.1")
+    monkeypatch.setattr(loading, "total_memory_of", lambda device: 10_000_000_000)
+
+    def room(**flags: int) -> int:
+        config = ServeConfig(model_path=str(folder), **flags).worker(Path("frames"))
+        return loading.plan_memory_of(found(folder), config, torch.device("cpu"))[1].denoise_bytes
+
+    assert room(num_gpus=2, cfg_parallel=2) == room()
+    assert room(num_gpus=2, ulysses_degree=2) == room(num_gpus=4, cfg_parallel=2, ulysses_degree=2) == 2 * room()
 
 
 def test_the_text_encoder_is_on_one_device_whatever_is_asked_for():

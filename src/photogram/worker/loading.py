@@ -149,14 +149,14 @@ def load(config: WorkerConfig, say: Callable[[str], None], on_lost: Callable[[st
     for line in layout.reasons:
         logger.info("devices: %s", line)
     config = msgspec.structs.replace(config, degrees=layout.degrees)
-    config, room = _plan_memory(checkpoint, config, device)
+    config, room = plan_memory_of(checkpoint, config, device)
     group = Group(config, device, on_lost) if config.degrees.world_size > 1 else None
     say(f"loading {checkpoint.name} ({checkpoint.pipeline_class})")
     pipeline, upsampler = _from_folder(checkpoint, config, device), _upsampler(checkpoint, config, device)
     return prepare(pipeline, checkpoint, config, device, group, room, upsampler)
 
 
-def _plan_memory(checkpoint: Checkpoint, config: WorkerConfig, device: torch.device) -> tuple[WorkerConfig, Room]:
+def plan_memory_of(checkpoint: Checkpoint, config: WorkerConfig, device: torch.device) -> tuple[WorkerConfig, Room]:
     """Decide what the settings leave open of where weights go, say why, and return what is left for work.
 
     On a CPU there is nothing to decide: its memory is the host's.
@@ -172,8 +172,9 @@ def _plan_memory(checkpoint: Checkpoint, config: WorkerConfig, device: torch.dev
         logger.info("memory: %s", line)
     if not found.plan.fits:
         logger.warning("%s may run out of memory on %s; loading it all the same", checkpoint.name, device)
-    # Of several devices each has a share of the tokens and, where the VAE is split, of the pixels.
-    room = found.plan.room(found.footprint, total_memory_of(device), share=config.degrees.world_size)
+    # Devices that share a sequence have each a part of its tokens and, where the VAE is split, of the pixels; the two
+    # halves of guidance have whole ones.
+    room = found.plan.room(found.footprint, total_memory_of(device), share=config.degrees.sequence)
     return msgspec.structs.replace(config, placement=found.plan.placement), room
 
 
