@@ -76,12 +76,12 @@ def rows_of(tiny: bool) -> dict[str, Row]:
     rows = (
         Row(workload=flux, compiles=True, steps=steps),
         Row(workload=qwen, compiles=True, steps=steps),
-        Row(workload=short, compiles=True),
-        Row(workload=long),
+        Row(workload=short),
         Row(workload=vae),
+        Row(workload=long),
+        Row(workload=short, compiles=True),
         Row(workload=flux),
         Row(workload=qwen),
-        Row(workload=short),
         Row(workload=flux, compiles=True, fuses=True),
         Row(workload=flux, compiles=True),
         Row(workload=qwen, compiles=True),
@@ -98,13 +98,15 @@ def rows_of(tiny: bool) -> dict[str, Row]:
     return {row.name: row for row in rows}
 
 
-def layouts_of(workload: Workload, world: int) -> list[Degrees]:
-    """The layouts of all ranks, for denoisers of two calls those of two groups first, one for each half of guidance."""
+def layouts_of(row: Row, world: int) -> list[Degrees]:
+    """The layouts of all ranks, for denoisers of two calls those of two groups first, one for each half of guidance. Of
+    whole loops, which take long, the first one alone: what a server chooses."""
+    workload = row.workload
     if not workload.is_denoiser:
         return [Degrees(ulysses=world)]
     ways = [Degrees(cfg=2, ulysses=world // 2)] if workload.calls == 2 and world % 2 == 0 else []
     ways += [Degrees(ulysses=ulysses, ring=world // ulysses) for ulysses in (world, 2, 1) if world % ulysses == 0]
-    return list(dict.fromkeys(ways))
+    return list(dict.fromkeys(ways))[: None if row.steps == 1 else 1]
 
 
 def name_of(degrees: Degrees) -> str:
@@ -149,9 +151,10 @@ class Bench:
             compile_repeated(network, **self.compiler)
         return network
 
-    def timed(self, run: Callable[[], Any], *, together: bool) -> list[float]:
-        """Return seconds of calls, after one that is not counted. `together` the ranks start and end each at once."""
-        run()
+    def timed(self, run: Callable[[], torch.Tensor], *, together: bool) -> tuple[list[float], torch.Tensor]:
+        """Return seconds of calls, after one that is not counted, and what that one gave. `together` the ranks start
+        and end each at once."""
+        result = run()
         taken: list[float] = []
         while len(taken) < MOST_RUNS:
             self.settle()
@@ -169,7 +172,7 @@ class Bench:
                 dist.broadcast(enough, 0)
             if enough.item():
                 break
-        return taken
+        return taken, result
 
     def alone(self, row: Row) -> tuple[list[float], torch.Tensor]:
         """Time a row on this rank by itself, its halves one after the other, and return what it gives."""
@@ -183,7 +186,7 @@ class Bench:
         def run() -> torch.Tensor:
             return looped(row, halves, lambda calls: [call(half) for half in calls])
 
-        return self.timed(run, together=False), run()
+        return self.timed(run, together=False)
 
     def halves(self, workload: Workload) -> list[Mapping[str, Any]]:
         """The arguments of a step's calls: of two, the second has a text of its own."""
@@ -220,7 +223,8 @@ class Bench:
                 self.lead(halves[0]["hidden_states"])  # as a leader sends its followers every call's latents
             return looped(row, halves, calls, self.lead)
 
-        found = summary(self.timed(run, together=True))
+        times, result = self.timed(run, together=True)
+        found = summary(times)
         if profile:
 
             def one_step() -> None:
@@ -228,7 +232,7 @@ class Bench:
                 self.settle()
 
             found["profile"] = profiled(one_step, self.device, len(repeated_parts(network)) or 1)
-        return found, run()
+        return found, result
 
     def lead(self, latents: torch.Tensor) -> None:
         dist.broadcast(latents, 0)
@@ -282,7 +286,7 @@ def run_row(bench: Bench, row: Row, options: argparse.Namespace, save: Callable[
         entry["one"] = summary(times)
     bench.watch(f"{row.name}: waiting for all")
     dist.barrier()
-    for degrees in layouts_of(row.workload, bench.world):
+    for degrees in layouts_of(row, bench.world):
         gc.collect()
         if bench.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -300,12 +304,8 @@ def run_row(bench: Bench, row: Row, options: argparse.Namespace, save: Callable[
 
 
 def summary(times: list[float]) -> dict[str, Any]:
-    return {
-        "median_s": statistics.median(times),
-        "fastest_s": min(times),
-        "slowest_s": max(times),
-        "runs": len(times),
-    }
+    found = {"median_s": statistics.median(times), "fastest_s": min(times), "slowest_s": max(times)}
+    return found | {"runs": len(times)}
 
 
 def table(rows: list[dict[str, Any]], world: int) -> str:
