@@ -4,9 +4,9 @@
 where nothing is gained. Published architectures, normal random weights, bf16, by the classes that the server offloads
 with (`worker/placement.py`). `umt5`: UMT5-xxl reads one prompt of 512 tokens; the floor is its bytes over the rate at
 which one large pinned buffer is copied to the device in the same run, and a prompt seen before is answered by the
-prompt cache. `wan-14b`: one forward pass of all 40 layers of Wan2.1-14B at 832x480, 81 frames (half a step with guidance),
-resident and layer by layer, compared bit by bit; peaks are what torch had allocated. Medians; the device is idle before
-each call. Writes JSON to `benchmarks/results/` after every row.
+prompt cache. `wan-14b`: one forward pass of all 40 layers of Wan2.1-14B at 832x480, 81 frames (half a step with
+guidance), resident and layer by layer, compared bit by bit; peaks are what torch had allocated. Medians; the device is
+idle before each call. Writes JSON to `benchmarks/results/` after every row.
 """
 
 import argparse
