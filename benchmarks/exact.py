@@ -1,11 +1,13 @@
 """The exact table: one call of each network by plain diffusers, eager and compiled, and as the worker would run it.
 
-`python benchmarks/exact.py` on a GPU, with names of rows to run only those and `--seconds` to stop in time; `--tiny`
-runs the same code on a CPU with small networks, to see that it works. Networks have published architectures and normal
-random weights. All variants of a row run in one process on the same weights and inputs; figures are medians of calls
-with the device idle before each. Errors are those of a shallow network of the full width against itself in fp32.
+`python benchmarks/exact.py ROW --seconds 90` on a GPU runs one row; `--tiny` runs the same code on a CPU with small
+networks, to see that it works. Networks have published architectures and normal random weights. All variants of a row
+run in one process on the same weights and inputs, those first that are expected to be fastest; figures are medians of
+calls with the device idle before each. Errors are those of a shallow network of the full width against itself in fp32.
 A figure above the ceiling that this machine's own matrix product reaches is refused. What is there is written to
 `benchmarks/results/` after every variant, so that a run that is cut off leaves what it has.
+
+Rows from a request to its file are those of `few_steps.py` and `wan_video_end_to_end.py`.
 """
 
 import argparse
@@ -26,12 +28,16 @@ from typing import Any
 import diffusers
 import torch
 import transformers
+from diffusers import UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
 from workloads import Arguments, Workload, materialize, workloads
 
 from photogram.core.config import Tuning
 from photogram.worker.tuning.fusing import fuse
 from photogram.worker.tuning.graphs import Graphs
+from photogram.worker.tuning.joining import join_products
+from photogram.worker.tuning.modulation import ModulationTable, modulation_table
+from photogram.worker.tuning.padding import is_padding_unread, without_padding
 from photogram.worker.tuning.tune import Tuned, tune
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -52,6 +58,8 @@ class Figure:
     tflops: float | None = None
     first_call_s: float | None = None
     peak_gb: float | None = None
+    busy_ms: float | None = None
+    """What kernels take of the unit's time, from a profile: the rest are gaps between them."""
     error: float | None = None
     """Of the shallow network: root of the mean square of the difference to fp32, over that of fp32."""
     refused: str | None = None
@@ -114,17 +122,20 @@ class Runner:
     method: str
     around: Callable[[], AbstractContextManager[Any]] = nullcontext
     graphs: Graphs | None = None
+    table: ModulationTable | None = None
+    leaves_padding: bool = False
 
     def __call__(self, arguments: Arguments) -> torch.Tensor:
-        real = getattr(self.network, self.method)
         with self.around():
-            if self.graphs is not None:
-                result = self.graphs.run("network", real, (), dict(arguments))
-            else:
-                result = real(**arguments)
+            given = dict(arguments) if self.table is None else self.table.looked_up(arguments, None)
+            result = without_padding(self._run, (), given) if self.leaves_padding else self._run((), given)
         while not isinstance(result, torch.Tensor):
             result = result[0]
         return result
+
+    def _run(self, args: tuple[Any, ...], given: dict[str, Any]) -> Any:
+        real = getattr(self.network, self.method)
+        return real(*args, **given) if self.graphs is None else self.graphs.run("network", real, args, given)
 
 
 def plain(network: torch.nn.Module, workload: Workload, device: torch.device) -> Runner:
@@ -145,39 +156,44 @@ def tuned(*, fused: bool = False, compile: bool = False, graphs: bool = False) -
     """As the worker runs it with these flags."""
 
     def make(network: torch.nn.Module, workload: Workload, device: torch.device) -> Runner:
-        name = {"AutoencoderKLWan": "vae", "UNet2DConditionModel": "unet"}.get(type(network).__name__, "transformer")
         wanted = Tuning(compile=compile, fused_kernels=fused, cuda_graphs=graphs)
-        if fused and device.type == "cpu":
-            fuse(network)  # which the worker does for GPUs only
+        name = "unet" if isinstance(network, UNet2DConditionModel) else workload.component
         done: Tuned = tune({name: network}, frozenset({name} if workload.is_denoiser else ()), wanted, device)
-        return Runner(network, workload.method, done.attention.around_calls, done.graphs)
+        table, leaves_padding = done.tables.get(name), name in done.leave_padding
+        if fused and device.type == "cpu":  # which the worker does for GPUs only
+            fuse(network)
+            join_products(network)
+            table, leaves_padding = modulation_table(network), is_padding_unread(network)
+        return Runner(network, workload.method, done.attention.around_calls, done.graphs, table, leaves_padding)
 
     return make
 
 
 def variants(workload: Workload) -> dict[str, Callable[..., Runner]]:
-    """Return the variants of a workload in the order in which they can follow each other on one network."""
-    found: dict[str, Callable[..., Runner]] = {"diffusers eager": plain, "diffusers compiled": plain_compiled}
-    if workload.fuses:
-        found["photogram: fused"] = tuned(fused=True)
-    if workload.is_launch_bound or not workload.fuses:
-        found["photogram: graph"] = tuned(graphs=True)
-    if workload.fuses and workload.is_denoiser:
+    """Return the variants of a workload: the worker's best and diffusers' two, then what the flags do one by one."""
+    found: dict[str, Callable[..., Runner]] = {}
+    if workload.is_launch_bound:
+        if workload.is_denoiser and workload.is_best_compiled:
+            found["photogram: compiled, fused, graph"] = tuned(compile=True, fused=True, graphs=True)
         found["photogram: fused, graph"] = tuned(fused=True, graphs=True)
+    else:
+        found["photogram: fused"] = tuned(fused=True)
+    found["diffusers eager"] = plain
+    found["diffusers compiled"] = plain_compiled
+    if workload.is_launch_bound:
+        found["photogram: graph"] = tuned(graphs=True)
+        found["photogram: fused"] = tuned(fused=True)
     if workload.is_denoiser:
-        found["photogram: compiled"] = tuned(compile=True)
-        if workload.fuses:
-            found["photogram: compiled, fused"] = tuned(compile=True, fused=True)
+        found["photogram: compiled, fused"] = tuned(compile=True, fused=True)
         if workload.is_launch_bound:
-            found["photogram: compiled, graph"] = tuned(compile=True, graphs=True)
-            if workload.fuses:
-                found["photogram: compiled, fused, graph"] = tuned(compile=True, fused=True, graphs=True)
+            found.setdefault("photogram: compiled, fused, graph", tuned(compile=True, fused=True, graphs=True))
+        found["photogram: compiled"] = tuned(compile=True)
     return found
 
 
 @contextmanager
 def undone_afterwards(network: torch.nn.Module) -> Iterator[None]:
-    """Take back what a variant did to a network, so that the next begins with the plain one (in its memory format)."""
+    """Take back what a variant did to a network, so that the next begins with the plain one."""
     parts: list[Any] = [*network.modules()]
     processors = [vars(part)["processor"] for part in parts if vars(part).get("processor") is not None]
     classes = [(part, part.__class__) for part in (*parts, *processors)]
@@ -186,6 +202,10 @@ def undone_afterwards(network: torch.nn.Module) -> Iterator[None]:
     finally:
         for part, kind in classes:
             part.__class__ = kind
+        for part in parts:
+            if isinstance(part, torch.nn.Conv2d | torch.nn.Conv3d):
+                part.weight.data = part.weight.data.contiguous()
+            vars(part).pop("modulations", None)
         for part in parts:
             part._compiled_call_impl = None
         torch._dynamo.reset()
@@ -222,7 +242,9 @@ def measure(figure: Figure, runner: Runner, workload: Workload, arguments: Argum
     figure.first_call_s = clock.time_s(lambda: runner(arguments))
     for _ in range(3):  # kernels are chosen, graphs recorded
         runner(arguments)
-    samples = [seconds * 1000 * workload.calls for seconds in clock.samples_s(lambda: runner(arguments))]
+    samples = [
+        seconds * 1000 * workload.calls * workload.times for seconds in clock.samples_s(lambda: runner(arguments))
+    ]
     figure.median_ms, figure.fastest_ms, figure.slowest_ms = statistics.median(samples), min(samples), max(samples)
     figure.runs = len(samples)
     if clock.device.type == "cuda":
@@ -242,20 +264,21 @@ def error_of(result: torch.Tensor, reference: torch.Tensor) -> float:
     return float(difference.square().mean().sqrt() / reference.double().square().mean().sqrt())
 
 
-def add_errors(row: Row, workload: Workload, device: torch.device) -> None:
-    """Fill in the figures' errors: a shallow network in bf16, each variant, against itself in fp32."""
-    exact = materialize(workload.shallow, device, torch.bfloat16)
-    exact = exact.float()
-    reference = plain(exact, workload, device)(_in_fp32(workload.arguments(device, torch.bfloat16)))
-    del exact
-    network = materialize(workload.shallow, device, torch.bfloat16)
-    arguments = workload.arguments(device, torch.bfloat16)
-    for name, make in variants(workload).items():
-        figure = next((figure for figure in row.figures if figure.variant == name), None)
-        if figure is None or figure.median_ms is None:
-            continue
-        with undone_afterwards(network):
-            figure.error = error_of(_after_several(make(network, workload, device), arguments), reference)
+class Errors:
+    """A shallow network in bf16, to hold each variant's result of it against its own in fp32."""
+
+    def __init__(self, workload: Workload, device: torch.device) -> None:
+        exact = materialize(workload.shallow, device, torch.bfloat16).float()
+        self._workload = workload
+        self._device = device
+        self._reference = plain(exact, workload, device)(_in_fp32(workload.arguments(device, torch.bfloat16)))
+        self._network = materialize(workload.shallow, device, torch.bfloat16)
+        self._arguments = workload.arguments(device, torch.bfloat16)
+
+    def of(self, make: Callable[..., Runner]) -> float:
+        with undone_afterwards(self._network):
+            result = _after_several(make(self._network, self._workload, self._device), self._arguments)
+        return error_of(self._workload.read(result), self._workload.read(self._reference))
 
 
 def _after_several(runner: Runner, arguments: Arguments) -> torch.Tensor:
@@ -276,22 +299,25 @@ def _in_fp32(arguments: Any) -> Any:
     return arguments
 
 
-def top_kernels(runner: Runner, arguments: Arguments, clock: Clock) -> list[str]:
-    """Return the kernels that take most of one call, a line each: milliseconds, count, name."""
+def profile_of(runner: Runner, arguments: Arguments, clock: Clock) -> tuple[float, list[str]]:
+    """Return the milliseconds of one call's kernels, and those that take most, a line each: time, count, name."""
     activities = [torch.profiler.ProfilerActivity.CPU]
-    if clock.device.type == "cuda":
+    on_gpu = clock.device.type == "cuda"
+    if on_gpu:
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     with torch.profiler.profile(activities=activities) as profile:
         runner(arguments)
         clock.settle()
-    events = profile.key_averages()
-    on_gpu = clock.device.type == "cuda"
+    # An operator's time on the device is its kernels', which have entries of their own.
+    wanted = torch.autograd.DeviceType.CUDA if on_gpu else torch.autograd.DeviceType.CPU
+    events = [event for event in profile.key_averages() if event.device_type == wanted]
 
-    def own_us(event: Any) -> float:
-        return event.self_device_time_total if on_gpu else event.self_cpu_time_total
+    def own_ms(event: Any) -> float:
+        return (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1000
 
-    largest = sorted(events, key=own_us, reverse=True)[:15]
-    return [f"{own_us(event) / 1000:8.2f} ms {event.count:5d}x {event.key[:110]}" for event in largest]
+    largest = sorted(events, key=own_ms, reverse=True)[:25]
+    lines = [f"{own_ms(event):8.2f} ms {event.count:5d}x {event.key[:110]}" for event in largest]
+    return sum(map(own_ms, events)), lines
 
 
 # --- the run ------------------------------------------------------------------------------------------------------
@@ -305,22 +331,29 @@ def run_variant(
     measure(figure, runner, workload, arguments, clock)
     check_ceiling(figure, row, ceiling)
     if clock.left_s > 0:
-        row.profiles[figure.variant] = top_kernels(runner, arguments, clock)
+        busy_ms, row.profiles[figure.variant] = profile_of(runner, arguments, clock)
+        figure.busy_ms = busy_ms * workload.calls * workload.times
 
 
 def run_row(workload: Workload, clock: Clock, ceiling: float, save: Callable[[Row], None], only: set[str]) -> Row:
     """Measure every variant of a workload; what fails is noted and the next goes on."""
-    row = Row(workload.name, workload.unit, workload.reach_ms)
+    unit = workload.unit if workload.times == 1 else f"{workload.unit}, {workload.times} times"
+    row = Row(workload.name, unit, workload.reach_ms)
     device = clock.device
     try:
         network = materialize(workload.make, device, torch.bfloat16)
         row.parameters = sum(parameter.numel() for parameter in network.parameters())
         arguments = workload.arguments(device, torch.bfloat16)
-        row.tflop = flops_of(plain(network, workload, device), arguments) * workload.calls / 1e12
+        row.tflop = flops_of(plain(network, workload, device), arguments) * workload.calls * workload.times / 1e12
     except Exception as error:
         row.refused = _said(error)
         save(row)
         return row
+    errors: Errors | None = None
+    try:
+        errors = Errors(workload, device)
+    except Exception as error:
+        row.refused = f"no errors: {_said(error)}"
     for name, make in variants(workload).items():
         if clock.left_s <= 0 or (only and name not in only):
             continue
@@ -328,16 +361,12 @@ def run_row(workload: Workload, clock: Clock, ceiling: float, save: Callable[[Ro
         try:
             with undone_afterwards(network):
                 run_variant(row, make(network, workload, device), workload, arguments, clock, ceiling)
+            save(row)
+            if errors is not None:
+                row.figures[-1].error = errors.of(make)
         except Exception as error:
             row.figures[-1].refused = _said(error)
         save(row)
-    del network
-    gc.collect()
-    try:
-        add_errors(row, workload, device)
-    except Exception as error:
-        row.refused = f"no errors: {_said(error)}"
-    save(row)
     return row
 
 
@@ -349,22 +378,23 @@ def _said(error: Exception) -> str:
 def table(rows: list[Row]) -> str:
     """Return the results as Markdown."""
     lines = [
-        "| row | variant | median ms | fastest to slowest | TFLOP/s | error | reach |",
-        "|---|---|---|---|---|---|---|",
+        "| row | variant | median ms | fastest to slowest | kernels ms | TFLOP/s | error | reach |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         if row.refused:
-            lines.append(f"| {row.unit} | | {row.refused} | | | | |")
+            lines.append(f"| {row.unit} | | {row.refused} | | | | | |")
         for figure in row.figures:
             if figure.median_ms is None:
-                lines.append(f"| {row.unit} | {figure.variant} | {figure.refused} | | | | |")
+                lines.append(f"| {row.unit} | {figure.variant} | {figure.refused} | | | | | |")
                 continue
             spread = f"{figure.fastest_ms:.1f} to {figure.slowest_ms:.1f} ({figure.runs})"
             error = "" if figure.error is None else f"{figure.error:.2%}"
+            busy = "" if figure.busy_ms is None else f"{figure.busy_ms:.1f}"
             reach = "" if row.reach_ms is None else f"{row.reach_ms:g} ms"
             lines.append(
-                f"| {row.unit} | {figure.variant} | {figure.median_ms:.1f} | {spread} | {figure.tflops:.0f} | {error}"
-                f" | {reach} |"
+                f"| {row.unit} | {figure.variant} | {figure.median_ms:.1f} | {spread} | {busy} | {figure.tflops:.0f}"
+                f" | {error} | {reach} |"
             )
     return "\n".join(lines)
 

@@ -34,6 +34,8 @@ class Workload:
     """What a row's figure is the time of."""
     calls: int
     """Calls of the network in that unit."""
+    times: int = 1
+    """How many units the exact table's row is."""
     make: Callable[[], torch.nn.Module]
     """Make the network, its parameters on the meta device."""
     shallow: Callable[[], torch.nn.Module]
@@ -42,10 +44,14 @@ class Workload:
     method: str = "forward"
     is_denoiser: bool = True
     reach_ms: float | None = None
-    """The figure to reach on an H100, of the unit."""
+    """The figure to reach on an H100, of the table's row."""
+    component: str = "transformer"
+    """Its name in a pipeline."""
     is_launch_bound: bool = False
-    fuses: bool = True
-    """Whether there are fused kernels for its blocks."""
+    is_best_compiled: bool = False
+    """Whether its blocks are mostly of classes that no fused kernels are for."""
+    read: Callable[[torch.Tensor], torch.Tensor] = lambda result: result
+    """What of a result the pipeline reads."""
 
 
 def materialize(make: Callable[[], torch.nn.Module], device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
@@ -109,10 +115,11 @@ def wan(*, tiny: bool, is_14b: bool = False) -> Workload:
         name="wan-14b-720p" if is_14b else "wan-480p",
         unit="Wan2.1-14B 1280x720x81, CFG step" if is_14b else "Wan2.1-1.3B 832x480x81, CFG step",
         calls=2,
+        times=50,
         make=make,
         shallow=lambda: make(2),
         arguments=arguments,
-        reach_ms=None if is_14b else 960,
+        reach_ms=None if is_14b else 48_000,
     )
 
 
@@ -235,7 +242,7 @@ def _sdxl(tiny: bool) -> Workload:
         arguments=arguments,
         reach_ms=27,
         is_launch_bound=True,
-        fuses=False,
+        is_best_compiled=True,
     )
 
 
@@ -311,7 +318,7 @@ def _z_image(tiny: bool) -> Workload:
 # --- encoders and decoders ----------------------------------------------------------------------------------------
 
 
-def _umt5(tiny: bool) -> Workload:
+def _umt5(tiny: bool, tokens: int) -> Workload:
     vocabulary, dim, inner, layers, heads = (300, 64, 128, 2, 4) if tiny else (256384, 4096, 10240, 24, 64)
 
     def make(layers: int = layers) -> torch.nn.Module:
@@ -331,20 +338,21 @@ def _umt5(tiny: bool) -> Workload:
 
     def arguments(device: torch.device, dtype: torch.dtype) -> Arguments:
         ids = torch.randint(2, vocabulary, (1, 512), generator=torch.Generator("cpu").manual_seed(1))
-        mask = (torch.arange(512) < 60)[None].long()
+        mask = (torch.arange(512) < tokens)[None].long()
         return {"input_ids": (ids * mask).to(device), "attention_mask": mask.to(device), "return_dict": False}
 
     return Workload(
-        name="umt5",
-        unit="UMT5-xxl, two prompts of 512 tokens",
+        name="umt5-full" if tokens == 512 else "umt5",
+        unit=f"UMT5-xxl, two prompts of {tokens} tokens" + (", padded to 512" if tokens < 512 else ""),
         calls=2,
         make=make,
         shallow=lambda: make(2),
         arguments=arguments,
         is_denoiser=False,
+        component="text_encoder",
+        read=lambda result: result[:, :tokens],
         reach_ms=20,
         is_launch_bound=True,
-        fuses=False,
     )
 
 
@@ -366,6 +374,7 @@ def _wan_vae(tiny: bool) -> Workload:
         shallow=make,
         arguments=arguments,
         method="decode",
+        component="vae",
         is_denoiser=False,
         reach_ms=800,
     )
@@ -378,7 +387,8 @@ def workloads(*, tiny: bool) -> dict[str, Workload]:
         _flux1(tiny),
         _sdxl(tiny),
         _qwen(tiny, 512),
-        _umt5(tiny),
+        _umt5(tiny, 60),
+        _umt5(tiny, 512),
         _klein(tiny),
         _qwen(tiny, 1024),
         _z_image(tiny),

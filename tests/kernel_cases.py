@@ -30,6 +30,7 @@ class NormCase:
     affine: bool = False
     gated: bool = True
     modulated: bool = True
+    shifted: bool = True
     shared_vectors: bool = False
     strided_rows: bool = False
 
@@ -46,7 +47,9 @@ class NormCase:
         weight, bias = (normal(self.width) for _ in range(2)) if self.affine else (None, None)
         norm = Norm(eps=1e-6, is_rms=self.is_rms, weight=weight, bias=bias)
         gate = vectors[0] if self.gated else None
-        modulation = Modulation(scale=vectors[1], shift=vectors[2]) if self.modulated else None
+        modulation = None
+        if self.modulated:
+            modulation = Modulation(scale=vectors[1], shift=vectors[2] if self.shifted else None)
         return x, branch, gate, norm, modulation
 
     def check(self, device: torch.device) -> None:
@@ -116,6 +119,7 @@ def norm_case(draw: st.DrawFn) -> NormCase:
         affine=draw(flag),
         gated=draw(flag),
         modulated=draw(flag),
+        shifted=draw(flag),
         shared_vectors=draw(flag),
         strided_rows=draw(flag),
     )
@@ -153,9 +157,14 @@ class ActivationCase:
         x = x.contiguous(memory_format=torch.channels_last_3d)
         gamma = torch.randn(self.channels, generator=generator).to(device, self.dtype)
         scale = self.channels**0.5
-        result = kernels.rms_silu(x, gamma, scale)
-        assert result.stride() == x.stride()
-        _close(result, reference.rms_silu(x, gamma, scale))
+        frames = self.shape[0]
+        results = []
+        for chain in (kernels.rms_silu, reference.rms_silu):
+            whole = torch.zeros((2, self.channels, 2 + frames, *self.shape[1:]), dtype=self.dtype, device=device)
+            whole = whole.contiguous(memory_format=torch.channels_last_3d)
+            chain(x, gamma, scale, whole[:, :, 2:])
+            results.append(whole)
+        _close(*results)
 
 
 @st.composite
@@ -165,4 +174,36 @@ def activation_case(draw: st.DrawFn) -> ActivationCase:
         channels=draw(st.sampled_from([3, 16, 96, 130])),
         shape=draw(st.tuples(st.integers(2, 3), st.integers(2, 6), st.integers(2, 9))),
         dtype=draw(DTYPES),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateCase:
+    seed: int
+    tokens: int
+    width: int
+    dtype: torch.dtype
+    kind: reference.Activation
+    halves: bool = True
+
+    def check(self, device: torch.device) -> None:
+        from photogram.worker.tuning.kernels import activation as kernels
+
+        generator = torch.Generator("cpu").manual_seed(self.seed)
+        both = 3 * torch.randn((self.tokens, 2 * self.width), generator=generator).to(device, self.dtype)
+        x, value = both.chunk(2, dim=-1)
+        if not self.halves:
+            x, value = x.contiguous(), value.contiguous()
+        _close(kernels.gated(x, value, self.kind), reference.gated(x, value, self.kind))
+
+
+@st.composite
+def gate_case(draw: st.DrawFn) -> GateCase:
+    return GateCase(
+        seed=draw(st.integers(0, 2**20)),
+        tokens=draw(st.integers(1, 7)),
+        width=draw(st.sampled_from([1, 31, 256, 1024, 1500])),
+        dtype=draw(DTYPES),
+        kind=draw(st.sampled_from(["silu", "gelu", "gelu_tanh"])),
+        halves=draw(st.booleans()),
     )

@@ -11,19 +11,24 @@ from hypothesis import given, settings
 
 from families import FAMILIES
 from kernel_cases import (
+    TOLERANCE,
     ActivationCase,
+    GateCase,
     NormCase,
     RotationCase,
     activation_case,
+    gate_case,
     norm_case,
     rotation_case,
 )
 from photogram.worker.tuning.blocks.parts import linear_gelu
 from photogram.worker.tuning.fusing import fuse
+from photogram.worker.tuning.kernels import opaque, reference
 from photogram.worker.tuning.memory_format import use_channels_last
 from worker.drawing import Studio, draw_alone, relative_error
 from worker.test_families_served import STACKED_TOLERANCE, requests_of
-from worker.test_fusing import FUSED
+from worker.test_fusing import ENCODERS, FUSED
+from worker.test_opaque_kernels import chain, every_chain, moved, rotation
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 
@@ -46,6 +51,12 @@ def test_rotation_is_what_its_reference_says(case: RotationCase):
 @settings(max_examples=30)
 @given(case=activation_case())
 def test_normalization_with_silu_is_what_its_reference_says(case: ActivationCase):
+    case.check(GPU)
+
+
+@settings(max_examples=30)
+@given(case=gate_case())
+def test_gates_with_their_activation_are_what_their_reference_says(case: GateCase):
     case.check(GPU)
 
 
@@ -79,6 +90,7 @@ def test_jobs_of_fused_blocks_are_drawn_right_alone_and_stacked(name, graphs, fa
     plain = DiffusionPipeline.from_pretrained(family_folder(name), dtype=torch.float32).to(GPU)
     studio = Studio(family_folder(name), tmp_path, precision="fp32", fused_kernels=True, cuda_graphs=graphs)
     assert any("fused kernels" in line for line in studio.card.tuning)
+    assert any("products joined" in line for line in studio.card.tuning)
     for _ in range(2):
         drawn = studio.draw(requests)
     for request in requests:
@@ -87,13 +99,32 @@ def test_jobs_of_fused_blocks_are_drawn_right_alone_and_stacked(name, graphs, fa
         assert relative_error(drawn[request.job_id].latents, reference.latents) < 10 * STACKED_TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["wan-2.1", "qwen-image"])
-def test_fused_blocks_are_compiled_with_their_kernels(name, family_folder, tmp_path):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_chains_in_compiled_code_are_what_their_reference_says_at_every_size(dtype):
+    torch._dynamo.reset()
+    compiled = torch.compile(every_chain, dynamic=True, fullgraph=True)
+    tolerance = TOLERANCE[dtype]
+    for tokens in (7, 16, 300):
+        arguments = moved((*chain(tokens, 128), rotation(tokens, 4, 32)), GPU, dtype)
+        with torch.inference_mode():
+            results, expected = compiled(opaque, *arguments), every_chain(reference, *arguments)
+        for result, exact in zip(results, expected, strict=True):
+            # The last of some are of results that were rounded before.
+            torch.testing.assert_close(result, exact, atol=3 * tolerance, rtol=3 * tolerance)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+@pytest.mark.parametrize("name", FUSED)
+def test_fused_blocks_are_compiled_with_their_kernels(name, graphs, family_folder, tmp_path):
     requests = requests_of(name)
     plain = DiffusionPipeline.from_pretrained(family_folder(name), dtype=torch.float32).to(GPU)
     torch._dynamo.reset()
-    studio = Studio(family_folder(name), tmp_path, precision="fp32", fused_kernels=True, compile=True, cuda_graphs=True)
-    drawn = studio.draw(requests)
+    studio = Studio(
+        family_folder(name), tmp_path, precision="fp32", fused_kernels=True, compile=True, cuda_graphs=graphs
+    )
+    for _ in range(2):
+        drawn = studio.draw(requests)
     torch._dynamo.reset()
     for request in requests:
         assert drawn[request.job_id].failure is None
@@ -130,3 +161,50 @@ def test_wans_vae_decodes_the_same_in_fp32_and_no_worse_in_bf16(family_folder):
     }
     assert errors[fused, torch.float32] < 1e-3
     assert errors[fused, torch.bfloat16] <= 1.05 * errors[plain, torch.bfloat16]
+
+
+@pytest.mark.parametrize("norm", ENCODERS)
+@torch.inference_mode()
+def test_text_encoders_in_bf16_are_no_further_from_exact_than_transformers_own(norm):
+    plain = ENCODERS[norm]().eval().to(GPU)
+    fused = copy.deepcopy(plain)
+    fuse(fused)
+    ids = torch.randint(2, 90, (2, 90), generator=torch.Generator().manual_seed(0)).to(GPU)
+    mask = (torch.arange(90, device=GPU)[None] < torch.tensor([[90], [40]], device=GPU)).long()
+    exact = plain.double()(input_ids=ids, attention_mask=mask).last_hidden_state[mask.bool()]
+    errors = {}
+    for name, one in (("own", fused), ("plain", plain)):
+        result = one.bfloat16()(input_ids=ids, attention_mask=mask).last_hidden_state[mask.bool()]
+        errors[name] = float((result.double() - exact).square().mean().sqrt())
+    assert errors["own"] <= 1.25 * errors["plain"]
+
+
+def test_qwens_modulation_is_looked_up_in_graphs_as_it_was_computed(family_folder, tmp_path):
+    requests = requests_of("qwen-image")
+    plain = DiffusionPipeline.from_pretrained(family_folder("qwen-image"), dtype=torch.float32).to(GPU)
+    studio = Studio(family_folder("qwen-image"), tmp_path, precision="fp32", fused_kernels=True, cuda_graphs=True)
+    assert studio.served.modules["transformer"].modulations is not None
+    computed: list[int] = []
+    for turn in range(4):
+        drawn = studio.draw(requests)
+        for request in requests:
+            assert drawn[request.job_id].failure is None
+            expected = draw_alone(plain, request).latents
+            assert relative_error(drawn[request.job_id].latents, expected) < 10 * STACKED_TOLERANCE
+        if turn == 0:
+            layer = studio.served.modules["transformer"].module.transformer_blocks[0].img_mod[1]
+            layer.register_forward_hook(lambda layer, args, output: computed.append(len(output)))
+    assert not computed, "the same schedules were computed again"
+
+
+def test_prompts_of_wan_are_encoded_in_graphs_of_their_length(family_folder, tmp_path):
+    requests = requests_of("wan-2.1")
+    plain = DiffusionPipeline.from_pretrained(family_folder("wan-2.1"), dtype=torch.float32).to(GPU)
+    studio = Studio(family_folder("wan-2.1"), tmp_path, precision="fp32", fused_kernels=True, cuda_graphs=True)
+    assert studio.served.modules["text_encoder"].leaves_padding
+    for _ in range(3):
+        drawn = studio.draw(requests)
+    for request in requests:
+        assert drawn[request.job_id].failure is None
+        expected = draw_alone(plain, request).latents
+        assert relative_error(drawn[request.job_id].latents, expected) < 10 * STACKED_TOLERANCE

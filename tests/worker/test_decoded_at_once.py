@@ -1,6 +1,7 @@
 """What is decoded at once, as the memory plan counts it and as the real VAEs do it."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from photogram.core.footprint import Footprint
 from photogram.models.footprints import DECODING, footprint_of
 from photogram.models.sizes import Part
 from photogram.worker.placement import set_up_vae
+from photogram.worker.tuning.fusing import fuse
 
 Shape = tuple[int, int, int]  # frames, height and width
 
@@ -92,3 +94,18 @@ def test_no_part_that_a_vae_decodes_is_larger_than_the_plan_counts(name, tiled, 
     assert max(part[1] * part[2] for part in parts) <= most_pixels
     if tiled:
         assert height * width > max(part[1] * part[2] for part in parts)
+
+
+def test_no_chunk_that_fused_kernels_decode_is_larger_than_the_plan_counts(tmp_path):
+    make, shape = VAES["AutoencoderKLWan"]
+    vae = randomise(make(), seed=1).eval()
+    vae.save_config(tmp_path / "vae")
+    part = Part(name="vae", kind="vae", precision="fp32", num_bytes=1)
+    frame_by_frame, counted = (footprint_of(tmp_path, [part], tiled=False, fused=fused) for fused in (False, True))
+    fuse(vae)
+    clip, parts = decoded(vae, torch.randn(1, *shape, generator=torch.Generator().manual_seed(2)))
+    frames, height, width = clip.shape[2:]
+    largest = max(math.prod(part) for part in parts)
+    assert max(part[0] for part in parts) > 4
+    assert largest * counted.bytes_per_pixel <= counted.decode_bytes(width, height, frames)
+    assert counted.decode_bytes(1280, 720, 81) == frame_by_frame.decode_bytes(1280, 720, 81)

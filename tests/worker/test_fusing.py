@@ -6,7 +6,9 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan, DiffusionPipeline
 
-from families import FAMILIES
+from families import FAMILIES, encoders, tokenization
+from photogram.worker.tuning.blocks import wan_vae
+from photogram.worker.tuning.blocks.parts import linear_of_joined, side_by_side
 from photogram.worker.tuning.compiling import compile_repeated, repeated_parts
 from photogram.worker.tuning.fusing import fuse
 from photogram.worker.tuning.kernels import reference
@@ -24,11 +26,12 @@ FUSED = {
     "flux-2-klein": (
         "FusedFlux2Block",
         "FusedFlux2SingleBlock",
+        "FusedFlux2SwiGLU",
         "FusedFlux2Processor",
         "FusedFlux2ParallelProcessor",
     ),
     "qwen-image": ("FusedQwenBlock", "FusedQwenProcessor", "FusedGelu"),
-    "z-image": ("FusedZImageProcessor",),
+    "z-image": ("FusedZImageBlock", "FusedZImageFeedForward", "FusedZImageProcessor"),
 }
 
 
@@ -68,14 +71,17 @@ def test_fused_blocks_are_compiled_without_a_break(name, family_folder, tmp_path
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("together", [1, 10**4, 10**9])
+@pytest.mark.parametrize("name", ["wan-2.1", "wan-2.2-ti2v"])
 @torch.inference_mode()
-def test_wans_vae_encodes_and_decodes_the_same_chunk_by_chunk(family_folder):
-    plain = AutoencoderKLWan.from_pretrained(family_folder("wan-2.1") / "vae").eval()
+def test_wans_vae_encodes_and_decodes_the_same_in_chunks_of_any_length(name, together, family_folder, monkeypatch):
+    monkeypatch.setattr(wan_vae, "WAN_PIXELS_TOGETHER", together)
+    plain = AutoencoderKLWan.from_pretrained(family_folder(name) / "vae").eval()
     fused = copy.deepcopy(plain)
     assert fuse(fused) > 0
-    assert {"PaddingInConvolution", "FusedWanResidualBlock"} <= kinds_in(fused)
+    assert {"PaddingInConvolution", "FusedWanDecoder", "FusedWanResample", "FusedWanResidualBlock"} <= kinds_in(fused)
     generator = torch.Generator().manual_seed(0)
-    latents = torch.randn(1, 16, 4, 6, 8, generator=generator)
+    latents = torch.randn(2, plain.config.z_dim, 4, 6, 8, generator=generator)
     frames = torch.rand(1, 3, 9, 32, 48, generator=generator) * 2 - 1
     for ordered in (False, True):
         if ordered:
@@ -86,14 +92,48 @@ def test_wans_vae_encodes_and_decodes_the_same_chunk_by_chunk(family_folder):
         )
 
 
+ENCODERS = {
+    "T5LayerNorm": lambda: encoders.t5(100, seed=1),
+    "UMT5LayerNorm": lambda: encoders.umt5(100, seed=2),
+    "Qwen2_5_VLRMSNorm": lambda: encoders.qwen25_text(tokenization.qwen(), seed=3),
+    "Qwen3RMSNorm": lambda: encoders.qwen3(tokenization.qwen(), seed=4),
+}
+
+
+@pytest.mark.parametrize("norm", ENCODERS)
+@torch.inference_mode()
+def test_text_encoders_give_the_same_with_padding_and_without(norm):
+    plain = ENCODERS[norm]().eval()
+    fused = copy.deepcopy(plain)
+    assert fuse(fused) > 0
+    assert f"Fused{norm}" in kinds_in(fused)
+    ids = torch.randint(2, 90, (2, 9), generator=torch.Generator().manual_seed(0))
+    mask = (torch.arange(9)[None] < torch.tensor([[9], [4]])).long()
+    for arguments in ({}, {"attention_mask": mask}):
+        result, expected = (one(input_ids=ids, **arguments).last_hidden_state for one in (fused, plain))
+        torch.testing.assert_close(result[mask.bool()], expected[mask.bool()], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (5, 9), (40, 300)])
+@pytest.mark.parametrize("make", [encoders.t5, encoders.umt5])
+@torch.inference_mode()
+def test_a_bias_looked_up_by_distance_is_the_same_bit_for_bit(make, queries, keys):
+    plain = make(100, seed=5)
+    fused = copy.deepcopy(plain)
+    fuse(fused)
+    for one, other in zip(plain.modules(), fused.modules(), strict=True):
+        if hasattr(one, "relative_attention_bias"):
+            assert torch.equal(one.compute_bias(queries, keys), other.compute_bias(queries, keys))
+
+
 @pytest.mark.parametrize("name", ["stable-diffusion-xl", "sana"])
 def test_networks_of_other_classes_are_left_as_they_are(name, family_folder):
     pipeline = DiffusionPipeline.from_pretrained(family_folder(name))
     network = pipeline.components.get("unet") or pipeline.components["transformer"]
     before = copy.copy(kinds_in(network))
     fuse(network)
-    assert {kind for kind in kinds_in(network) if kind.startswith("Fused")} <= {"FusedGelu"}
-    assert before - {"GELU"} <= kinds_in(network)
+    assert {kind for kind in kinds_in(network) if kind.startswith("Fused")} <= {"FusedGeglu", "FusedGelu"}
+    assert before - {"GEGLU", "GELU"} <= kinds_in(network)
 
 
 def test_fused_kernels_are_only_for_gpus():
@@ -136,3 +176,26 @@ def test_a_rotation_rounded_once_is_nearer_to_the_exact_result_than_its_steps():
     fused = torch.empty_like(x)
     reference.norm_rotate(x, weight, 1e-6, cos, sin, fused)
     assert error(fused, exact) < error(steps, exact)
+
+
+def test_a_layer_of_two_tensors_side_by_side_is_that_of_the_joined_one():
+    torch.manual_seed(0)
+    first, second = torch.randn(2, 5, 8), torch.randn(2, 5, 24)
+    for bias in (True, False):
+        layer = torch.nn.Linear(32, 16, bias=bias)
+        with torch.inference_mode():
+            joined = layer(torch.cat((first, second), dim=-1))
+            torch.testing.assert_close(linear_of_joined(layer, first, second), joined)
+            hook = layer.register_forward_hook(lambda module, args, output: output + args[0].sum(-1, keepdim=True))
+            assert not torch.allclose(linear_of_joined(layer, first, second), joined)
+            hook.remove()
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+def test_streams_are_one_again_without_a_copy_where_they_lie_side_by_side(samples):
+    both = torch.randn(samples, 7, 4)
+    text, picture = both[:, :3], both[:, 3:]
+    assert side_by_side(text, picture).data_ptr() == both.data_ptr()
+    for first, second in ((text, picture), (picture, text), (text.clone(), picture), (both[:, :2], picture)):
+        assert torch.equal(side_by_side(first, second), torch.cat((first, second), dim=1))
+    assert torch.equal(side_by_side(both[:1, :3], both[:1, 3:]), both[:1])

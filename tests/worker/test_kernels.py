@@ -13,9 +13,11 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from kernel_cases import (
     ActivationCase,
+    GateCase,
     NormCase,
     RotationCase,
     activation_case,
+    gate_case,
     norm_case,
     rotation_case,
 )
@@ -38,4 +40,10 @@ def test_rotation_is_what_its_reference_says(case: RotationCase):
 @settings(max_examples=20)
 @given(case=activation_case())
 def test_normalization_with_silu_is_what_its_reference_says(case: ActivationCase):
+    case.check(CPU)
+
+
+@settings(max_examples=30)
+@given(case=gate_case())
+def test_gates_with_their_activation_are_what_their_reference_says(case: GateCase):
     case.check(CPU)

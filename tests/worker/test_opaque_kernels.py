@@ -32,30 +32,48 @@ def test_operators_keep_what_they_declare():
         (operators.add_gated, (x, branch, None)),
         (operators.add_gated_norm_modulate, (x, branch, gate, *flat)),
         (operators.norm_rotate, (*rotation(5, 2, 8), torch.empty(2, 5, 2, 8))),
-        (operators.rms_silu, (normal(1, 4, 2, 3, 3), normal(4), 2.0)),
+        (operators.gated, (*normal(5, 16).chunk(2, dim=-1), "silu")),
+        (operators.linear_gelu, (normal(5, 16), normal(8, 16), normal(8))),
+        (operators.rms_silu, (normal(1, 4, 2, 3, 3), normal(4), 2.0, torch.empty(1, 4, 2, 3, 3))),
     )
     for operator, arguments in cases:
         torch.library.opcheck(operator.default, arguments)
 
 
+def every_chain(kernels, x, branch, gate, norm, modulation, turned):
+    """Return what each chain makes of its arguments, one of another's result, some into a part of a larger tensor."""
+    total, out = kernels.add_gated_norm_modulate(x, branch, gate, norm, modulation)
+    query, *angles = turned
+    both = torch.zeros(query.shape[0], 2 * query.shape[1], *query.shape[2:], dtype=query.dtype, device=query.device)
+    kernels.norm_rotate(query, *angles, both[:, query.shape[1] :])
+    pixels = query.movedim(2, 1)[..., None].contiguous(memory_format=torch.channels_last_3d)
+    activated = torch.empty_like(pixels)
+    kernels.rms_silu(pixels, torch.ones(pixels.shape[1], dtype=x.dtype, device=x.device), 2.0, activated)
+    again = kernels.norm_modulate(kernels.add_gated(total, out, None), norm, None)
+    rows = x.flatten(0, 1)
+    gated = kernels.gated(*rows.chunk(2, dim=-1), "gelu_tanh")
+    weight = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+    return total, out, both, again, gated, kernels.linear_gelu(rows, weight, norm.weight), activated
+
+
+def moved(value, device: torch.device, dtype: torch.dtype):
+    """Return a chain's argument on a device, in a precision."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device, dtype)
+    if isinstance(value, tuple):
+        return tuple(moved(item, device, dtype) for item in value)
+    if isinstance(value, Norm):
+        return Norm(eps=value.eps, weight=moved(value.weight, device, dtype))
+    if isinstance(value, Modulation):
+        return Modulation(moved(value.scale, device, dtype), moved(value.shift, device, dtype))
+    return value
+
+
 @pytest.mark.parametrize("tokens", [7, 16])
 def test_compiled_chains_are_what_their_reference_says_at_every_size(tokens):
-    def both(kernels, x, branch, gate, norm, modulation, turned):
-        total, out = kernels.add_gated_norm_modulate(x, branch, gate, norm, modulation)
-        rotated = torch.empty_like(turned[0])
-        kernels.norm_rotate(*turned, rotated)
-        again = kernels.norm_modulate(kernels.add_gated(total, out, None), norm, None)
-        return (
-            total,
-            out,
-            rotated,
-            again,
-            kernels.rms_silu(turned[0].movedim(2, 1), torch.ones(turned[0].shape[2]), 2.0),
-        )
-
     torch._dynamo.reset()
-    compiled = torch.compile(both, dynamic=True, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(every_chain, dynamic=True, fullgraph=True, backend="aot_eager")
     arguments = (*chain(tokens, 16), rotation(tokens, 2, 8))
-    for result, expected in zip(compiled(opaque, *arguments), both(reference, *arguments), strict=True):
+    for result, expected in zip(compiled(opaque, *arguments), every_chain(reference, *arguments), strict=True):
         torch.testing.assert_close(result, expected)
     torch._dynamo.reset()

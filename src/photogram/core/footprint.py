@@ -26,6 +26,7 @@ class Footprint(msgspec.Struct, frozen=True, kw_only=True):
     bytes_per_pixel: int = 0  # of the frames that are decoded at once
     frames_at_once: int | None = None  # None: the whole clip
     pixels_at_once: int | None = None  # of a frame, where it is decoded in tiles
+    pixels_together: int = 0  # of several frames, where more than `frames_at_once` are decoded at once while small
 
     def denoise_bytes(self, width: int, height: int, frames: int | None) -> int:
         """Return what one call of the denoiser takes for one picture or clip of this size (pixels, frames)."""
@@ -36,6 +37,7 @@ class Footprint(msgspec.Struct, frozen=True, kw_only=True):
         """Return what decoding it takes: the largest of what is decoded at once, and the finished frames."""
         pixels, count = width * height, frames or 1
         at_once = min(pixels, self.pixels_at_once or pixels) * min(count, self.frames_at_once or count)
+        at_once = max(at_once, min(pixels * count, self.pixels_together))
         return max(at_once * self.bytes_per_pixel, pixels * count * FRAME_BYTES if self.bytes_per_pixel else 0)
 
 

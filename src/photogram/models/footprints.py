@@ -19,6 +19,8 @@ from .sizes import BYTES_EACH, Part
 
 WIDTHS_PER_TOKEN = 10
 TILE_SIDE = 512
+WAN_PIXELS_TOGETHER = 4 * 1280 * 720
+"""What fused kernels decode at once of Wan's clips, in several latent frames where these are small."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,8 +49,9 @@ DECODING: Mapping[str, Decoding] = {
 _FRAME_BY_FRAME = Decoding(frames=1)
 
 
-def footprint_of(folder: Path, parts: Sequence[Part], *, tiled: bool) -> Footprint:
-    """Return what the work of a pipeline in this folder takes, as far as its configurations tell."""
+def footprint_of(folder: Path, parts: Sequence[Part], *, tiled: bool, fused: bool = False) -> Footprint:
+    """Return what the work of a pipeline in this folder takes, as far as its configurations tell; `fused` is whether
+    fused kernels decode."""
     vae = next((part for part in parts if part.name == "vae"), None)
     vae_config = read_config(folder, "vae")
     spatial, temporal = _spatial(vae_config), _temporal(vae_config)
@@ -56,7 +59,9 @@ def footprint_of(folder: Path, parts: Sequence[Part], *, tiled: bool) -> Footpri
     config = {} if denoiser is None else read_config(folder, denoiser.name)
     width = 0 if denoiser is None else _width(config) * BYTES_EACH[denoiser.precision]
     pixel_bytes = 0 if vae is None else _decoder_channels(vae_config) * BYTES_EACH[vae.precision]
-    decoding = DECODING.get(vae_config.get("_class_name", ""), _FRAME_BY_FRAME)
+    vae_class = vae_config.get("_class_name", "")
+    decoding = DECODING.get(vae_class, _FRAME_BY_FRAME)
+    chunks = fused and not tiled and vae_class == "AutoencoderKLWan"
     return Footprint(
         token_side=spatial * _patch(config, vae_config),
         frame_multiple=temporal,
@@ -64,6 +69,7 @@ def footprint_of(folder: Path, parts: Sequence[Part], *, tiled: bool) -> Footpri
         bytes_per_pixel=pixel_bytes,
         frames_at_once=decoding.frames,
         pixels_at_once=decoding.tile_side**2 if tiled else None,
+        pixels_together=WAN_PIXELS_TOGETHER if chunks else 0,
     )
 
 

@@ -47,7 +47,8 @@ def plan_of(
         )
     except ConfigError as error:
         raise ConfigError(f"--model-path '{config.model_path}': {error}") from None
-    footprints = {tiled: footprint_of(checkpoint.folder, parts, tiled=tiled) for tiled in (False, True)}
+    fused = config.tuning.fused_kernels
+    footprints = {tiled: footprint_of(checkpoint.folder, parts, tiled=tiled, fused=fused) for tiled in (False, True)}
     plan = plan_memory(
         parts,
         footprints,

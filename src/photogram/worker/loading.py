@@ -256,21 +256,25 @@ def prepare(
     if config.step_cache == "first-block":
         _enable_step_cache(pipeline.components.values(), config.step_cache_threshold)
     networks = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
-    tuned = tune(networks, frozenset(filter(is_denoiser, networks)), config.tuning, device)
+    away = frozenset(name for name in networks if is_offloaded(name, config.placement) and device.type != "cpu")
+    tuned = tune(
+        networks, frozenset(filter(is_denoiser, networks)), config.tuning, device, away, is_alone=group is None
+    )
     vae = pipeline.components.get("vae")
     decodes = group is not None and _splits_vae(vae, config)
     if group is not None:
         denoisers = {name: part for name, part in pipeline.components.items() if is_denoiser(name) and part is not None}
         group.shard(denoisers, vae if decodes else None)
         logger.info("the VAE decodes %s", "on all of them" if decodes else "on the first of them")
-    visiting = {name for name in pipeline.components if is_offloaded(name, config.placement) and device.type != "cpu"}
     can_change = tuple(lora_modules(pipeline))
     card = msgspec.structs.replace(card, lora_modules=can_change, tuning=tuned.lines, room=room)
     modules = big_modules(pipeline.components if upsampler is None else pipeline.components | {UPSAMPLER: upsampler})
     for module in modules.values():
         module.around_calls = tuned.attention.around_calls
+        module.modulations = tuned.tables.get(module.name)
+        module.leaves_padding = module.name in tuned.leave_padding
         # A graph knows weights by their place, and other ranks not at all.
-        if module.name not in visiting and not (module.is_denoiser and config.degrees.sequence > 1):
+        if module.name not in away and not (module.is_denoiser and config.degrees.sequence > 1):
             module.graphs = tuned.graphs
     for name in card.lora_modules:
         network = modules[name].module

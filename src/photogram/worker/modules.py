@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -21,6 +22,8 @@ from ..models.two_stages import UPSAMPLER
 from .fibers import Call, Fiber
 from .lora.serving import ModuleServing
 from .tuning.graphs import Graphs
+from .tuning.modulation import ModulationTable
+from .tuning.padding import without_padding
 
 CallPhase = Literal["encode", "denoise", "decode"]
 
@@ -43,6 +46,8 @@ class BigModule:
         self.is_denoiser = is_denoiser(name)
         self.loras: ModuleServing | None = None  # where LoRAs can change it
         self.graphs: Graphs | None = None  # where its calls may be replayed
+        self.modulations: ModulationTable | None = None  # where its modulation is looked up
+        self.leaves_padding = False  # whether prompts are encoded without it
         self.forget_elsewhere: Callable[[str], None] | None = None  # tells other ranks whose step caches to drop
         self.around_calls: Callable[[], AbstractContextManager[object]] = nullcontext
         first = next(module.parameters(), None)
@@ -77,9 +82,18 @@ class BigModule:
                 stack.enter_context(CacheMixin.cache_context(self.module, f"{context_owner}/{name}", **fields))
             args, kwargs = self._in_own_precision(call)
             real = self.real[call.method]
-            if self.graphs is not None and self._is_plain(call):
-                return self.graphs.run(self.name, real, args, kwargs)
-            return real(*args, **kwargs)
+            if not self._is_plain(call):
+                return real(*args, **kwargs)
+            if self.modulations is not None:
+                kwargs = self.modulations.looked_up(kwargs, self._weights_of_modulation())
+            run = partial(_run, real) if self.graphs is None else partial(self.graphs.run, self.name, real)
+            return without_padding(run, args, kwargs) if self.leaves_padding else run(args, kwargs)
+
+    def _weights_of_modulation(self) -> Hashable:
+        """Return what tells the weights apart that the table of modulation depends on, as LoRAs have left them."""
+        if self.loras is None or not ModulationTable.depends_on(self.loras.weights.merged.layers):
+            return None
+        return self.loras.weights.merged.key
 
     def _is_plain(self, call: Call) -> bool:
         """Say whether the call runs nothing but the network's own code and weights as they are."""
@@ -149,6 +163,10 @@ class BigModule:
 
         module.cache_context = noted
         module._reset_stateful_cache = _keep
+
+
+def _run(real: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return real(*args, **kwargs)
 
 
 def forget_step_caches(module: torch.nn.Module, context_owner: str) -> None:

@@ -52,7 +52,7 @@ def main(arguments: list[str]) -> int:
         try:
             denoisers, vae = load_for_follower(first.config, device)
             modules = denoisers if vae is None else denoisers | {"vae": vae}
-            tuned = tune(modules, frozenset(denoisers), first.config.tuning, device)
+            tuned = tune(modules, frozenset(denoisers), first.config.tuning, device, is_alone=False)
             if mesh.size > 1:
                 shares = Shares(mesh, lengths)
                 for denoiser in denoisers.values():

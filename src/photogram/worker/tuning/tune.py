@@ -14,8 +14,11 @@ from .compiling import compile_repeated
 from .cpu_convolutions import use_onednn
 from .fusing import fuse
 from .graphs import CudaRecorder, Graphs
+from .joining import join_products
 from .kernels.ops import can_fuse
 from .memory_format import use_channels_last
+from .modulation import ModulationTable, modulation_table
+from .padding import is_padding_unread
 
 logger = logging.getLogger(__name__)
 
@@ -27,17 +30,31 @@ class Tuned:
     lines: tuple[str, ...]
     attention: Attention
     graphs: Graphs | None
+    tables: Mapping[str, ModulationTable]
+    """Of the networks that have one, by name."""
+    leave_padding: frozenset[str]
+    """Text encoders whose prompts need not be padded."""
 
 
 def tune(
-    networks: Mapping[str, torch.nn.Module], denoisers: frozenset[str], wanted: Tuning, device: torch.device
+    networks: Mapping[str, torch.nn.Module],
+    denoisers: frozenset[str],
+    wanted: Tuning,
+    device: torch.device,
+    away: frozenset[str] = frozenset(),
+    *,
+    is_alone: bool = True,
 ) -> Tuned:
-    """Tune a pipeline's networks, by their names, in place.
+    """Tune a pipeline's networks, by their names, in place. Those `away` are on the device for their calls only.
+
+    Where other ranks run the same calls (not `is_alone`) no tables are kept: those of all ranks would have to be equal.
 
     To be called once they are on their device or in the host memory they wait in, before anything keeps copies of
     their weights. Raises ConfigError for what this device cannot do.
     """
     done: list[str] = []
+    tables: dict[str, ModulationTable] = {}
+    leave_padding: set[str] = set()
     attention = choose_attention(wanted.attention_backend, device)
     if attention.name != "torch":
         done.append(f"attention: {attention.name} first")
@@ -50,9 +67,17 @@ def tune(
             if name.startswith("vae") and (count := use_onednn(network)):
                 done.append(f"{name}: {count} convolutions by oneDNN")
     if wanted.fused_kernels and can_fuse(device):
-        for name in sorted(name for name in networks if name in denoisers or name.startswith("vae")):
+        for name in sorted(name for name in networks if name in denoisers or name.startswith(("vae", "text_encoder"))):
             if count := fuse(networks[name]):
                 done.append(f"{name}: {count} parts over fused kernels")
+            if name in denoisers and name not in away and (count := join_products(networks[name])):
+                done.append(f"{name}: {count} products joined")
+            if is_alone and name not in away and (table := modulation_table(networks[name])) is not None:
+                tables[name] = table
+                done.append(f"{name}: a table of modulation, {table.num_bytes / 1e9:.2f} GB")
+            if is_padding_unread(networks[name]):
+                leave_padding.add(name)
+                done.append(f"{name}: prompts without their padding")
     elif wanted.fused_kernels:
         logger.info("--fused-kernels has no effect here: it needs a GPU and Triton")
     if wanted.compile:
@@ -67,4 +92,4 @@ def tune(
         logger.info("--cuda-graphs has no effect on a CPU")
     for line in done:
         logger.info("%s", line)
-    return Tuned(tuple(done), attention, graphs)
+    return Tuned(tuple(done), attention, graphs, tables, frozenset(leave_padding))

@@ -15,7 +15,7 @@ from diffusers.models.transformers.transformer_flux import (
 
 from ..kernels.ops import add_gated, add_gated_norm_modulate, norm_modulate
 from ..kernels.reference import Modulation
-from .parts import Rotation, joined, layer_norm, linear_gelu
+from .parts import Rotation, joined, layer_norm, linear_gelu, linear_of_joined, products, side_by_side
 
 
 def projected(
@@ -23,12 +23,13 @@ def projected(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return queries, keys and values (B, S, H, W) of the text's tokens, where there are any, and the picture's."""
     query, key, value = (
-        layer(hidden_states).unflatten(-1, (-1, attn.head_dim)) for layer in (attn.to_q, attn.to_k, attn.to_v)
+        part.unflatten(-1, (-1, attn.head_dim)) for part in products(hidden_states, attn.to_q, attn.to_k, attn.to_v)
     )
     if text is None:
         return rotation.turned(query, attn.norm_q), rotation.turned(key, attn.norm_k), value
     text_query, text_key, text_value = (
-        layer(text).unflatten(-1, (-1, attn.head_dim)) for layer in (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+        part.unflatten(-1, (-1, attn.head_dim))
+        for part in products(text, attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
     )
     of_text, of_picture = rotation.part(slice(0, text.shape[1])), rotation.part(slice(text.shape[1], None))
     queries, first, second = joined(text_query, query)
@@ -114,10 +115,10 @@ class FusedFluxSingleBlock(FluxSingleTransformerBlock):
         if joint_attention_kwargs or hidden_states.dtype == torch.float16:
             return super().forward(hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs)
         num_text = encoder_hidden_states.shape[1]
-        both = torch.cat((encoder_hidden_states, hidden_states), dim=1)
+        both = side_by_side(encoder_hidden_states, hidden_states)
         shift, scale, gate = self.norm.linear(self.norm.silu(temb)).chunk(3, dim=1)
         normed = norm_modulate(both, layer_norm(self.norm.norm), Modulation(scale, shift))
         attended = self.attn(hidden_states=normed, image_rotary_emb=image_rotary_emb)
-        branch = self.proj_out(torch.cat((attended, linear_gelu(self.proj_mlp, normed)), dim=2))
+        branch = linear_of_joined(self.proj_out, attended, linear_gelu(self.proj_mlp, normed))
         both = add_gated(both, branch, gate)
         return both[:, :num_text], both[:, num_text:]

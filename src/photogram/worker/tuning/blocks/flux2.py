@@ -13,13 +13,14 @@ from diffusers.models.transformers.transformer_flux2 import (
     Flux2ParallelSelfAttention,
     Flux2ParallelSelfAttnProcessor,
     Flux2SingleTransformerBlock,
+    Flux2SwiGLU,
     Flux2TransformerBlock,
 )
 
-from ..kernels.ops import add_gated, add_gated_norm_modulate, norm_modulate
+from ..kernels.ops import add_gated, add_gated_norm_modulate, gated, norm_modulate
 from ..kernels.reference import Modulation
 from .flux import projected
-from .parts import Rotation, layer_norm
+from .parts import Rotation, layer_norm, linear_of_joined
 
 
 class FusedFlux2Processor(Flux2AttnProcessor):
@@ -61,7 +62,7 @@ class FusedFlux2ParallelProcessor(Flux2ParallelSelfAttnProcessor):
             return super().__call__(attn, hidden_states, attention_mask, image_rotary_emb)
         rotation = Rotation.of_repeated(*image_rotary_emb)
         together = attn.to_qkv_mlp_proj(hidden_states)
-        qkv, gated = together.split([3 * attn.inner_dim, attn.mlp_hidden_dim * attn.mlp_mult_factor], dim=-1)
+        qkv, wide = together.split([3 * attn.inner_dim, attn.mlp_hidden_dim * attn.mlp_mult_factor], dim=-1)
         query, key, value = (x.unflatten(-1, (-1, attn.head_dim)) for x in qkv.chunk(3, dim=-1))
         attended = dispatch_attention_fn(
             rotation.turned(query, attn.norm_q),
@@ -71,7 +72,12 @@ class FusedFlux2ParallelProcessor(Flux2ParallelSelfAttnProcessor):
             backend=self._attention_backend,
             parallel_config=self._parallel_config,
         )
-        return attn.to_out(torch.cat((attended.flatten(2, 3), attn.mlp_act_fn(gated)), dim=-1))
+        return linear_of_joined(attn.to_out, attended.flatten(2, 3), attn.mlp_act_fn(wide))
+
+
+class FusedFlux2SwiGLU(Flux2SwiGLU):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return gated(*x.chunk(2, dim=-1), "silu")
 
 
 def _vectors(modulation: torch.Tensor, sets: int) -> list[torch.Tensor]:

@@ -5,10 +5,14 @@ Shapes: B batch, S tokens, D width, H heads, W width of a head.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
-from diffusers.models.activations import GELU
+from diffusers.models.activations import GEGLU, GELU
+from diffusers.models.normalization import RMSNorm
 
+from ..kernels import ops
 from ..kernels.ops import norm_rotate
 from ..kernels.reference import Norm
 
@@ -17,13 +21,58 @@ def layer_norm(norm: torch.nn.LayerNorm) -> Norm:
     return Norm(eps=norm.eps, weight=norm.weight, bias=norm.bias)
 
 
+def rms_norm(norm: RMSNorm) -> Norm:
+    return Norm(eps=norm.eps, is_rms=True, weight=norm.weight, bias=norm.bias)
+
+
+def is_called_only(linear: torch.nn.Module) -> bool:
+    """Say whether a layer is nothing but its weights. A hook is a LoRA beside them, which changes the product."""
+    return type(linear) in (torch.nn.Linear, FirstOfJoined) and not linear._forward_hooks
+
+
+class FirstOfJoined(torch.nn.Linear):
+    """A layer whose weights begin those of all layers that share its input."""
+
+    joined_weight: torch.Tensor
+    joined_bias: torch.Tensor | None
+
+
+def products(x: torch.Tensor, *layers: torch.nn.Linear) -> tuple[torch.Tensor, ...]:
+    """Return the results of layers that share an input, parts of one where their weights are joined."""
+    first = layers[0]
+    if not isinstance(first, FirstOfJoined) or not all(map(is_called_only, layers)) or not _is_whole(first, layers):
+        return tuple(layer(x) for layer in layers)
+    return F.linear(x, first.joined_weight, first.joined_bias).split([layer.out_features for layer in layers], dim=-1)
+
+
+def _is_whole(first: FirstOfJoined, layers: Sequence[torch.nn.Linear]) -> bool:
+    """Say whether these are the layers that were joined, and their weights where they were then."""
+    if len(first.joined_weight) != sum(layer.out_features for layer in layers):
+        return False
+    return torch.compiler.is_compiling() or first.weight.data_ptr() == first.joined_weight.data_ptr()
+
+
 def linear_gelu(linear: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
     """Return the tanh form of GELU of a linear layer, on a GPU within the matrix product."""
-    # A hook is a LoRA beside the weights, which adds to the product before the activation.
-    if not x.is_cuda or linear.bias is None or linear._forward_hooks:
+    if linear.bias is None or not is_called_only(linear):
         return F.gelu(linear(x), approximate="tanh")
-    rows = torch._addmm_activation(linear.bias, x.reshape(-1, x.shape[-1]), linear.weight.t(), use_gelu=True)
-    return rows.view(*x.shape[:-1], -1)
+    return ops.linear_gelu(x, linear.weight, linear.bias)
+
+
+def linear_of_joined(linear: torch.nn.Linear, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """Return a linear layer of two tensors side by side: two products, the second added to the first.
+
+    Joining them would be two passes over both; this reads and writes the narrower result once more instead.
+    """
+    if not is_called_only(linear):
+        return linear(torch.cat((first, second), dim=-1))
+    width = first.shape[-1]
+    weights, rows = linear.weight.t(), first.flatten(0, -2)
+    if linear.bias is None:
+        result = torch.mm(rows, weights[:width])
+    else:
+        result = torch.addmm(linear.bias, rows, weights[:width])
+    return result.addmm_(second.flatten(0, -2), weights[width:]).view(*first.shape[:-1], -1)
 
 
 class FusedGelu(GELU):
@@ -33,6 +82,14 @@ class FusedGelu(GELU):
         if self.approximate != "tanh":
             return super().forward(hidden_states)
         return linear_gelu(self.proj, hidden_states)
+
+
+class FusedGeglu(GEGLU):
+    """The first layer of a gated feed-forward network, with its activation."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        value, gate = self.proj(hidden_states).chunk(2, dim=-1)
+        return ops.gated(gate, value, "gelu")
 
 
 class Rotation:
@@ -76,3 +133,22 @@ def joined(first_BSHW: torch.Tensor, second_BSHW: torch.Tensor) -> tuple[torch.T
         device=first_BSHW.device,
     )
     return both, both[:, :tokens], both[:, tokens:]
+
+
+def side_by_side(first_BSD: torch.Tensor, second_BSD: torch.Tensor) -> torch.Tensor:
+    """Return two streams of tokens as one: what they are parts of, where they lie so, else a copy."""
+    if torch.compiler.is_compiling() or not _adjoin(first_BSD, second_BSD):
+        return torch.cat((first_BSD, second_BSD), dim=1)
+    samples, tokens, width = first_BSD.shape
+    return first_BSD.as_strided((samples, tokens + second_BSD.shape[1], width), first_BSD.stride())
+
+
+def _adjoin(first_BSD: torch.Tensor, second_BSD: torch.Tensor) -> bool:
+    samples, tokens, row = first_BSD.shape[0], first_BSD.shape[1] + second_BSD.shape[1], first_BSD.stride(1)
+    return (
+        first_BSD.untyped_storage().data_ptr() == second_BSD.untyped_storage().data_ptr()
+        and first_BSD.dtype == second_BSD.dtype
+        and first_BSD.stride() == second_BSD.stride()
+        and second_BSD.storage_offset() - first_BSD.storage_offset() == first_BSD.shape[1] * row
+        and (samples == 1 or first_BSD.stride(0) == tokens * row)
+    )

@@ -14,7 +14,10 @@ from diffusers.models.transformers.transformer_qwenimage import (
 
 from ..kernels.ops import add_gated, add_gated_norm_modulate, norm_modulate
 from ..kernels.reference import Modulation
-from .parts import Rotation, joined, layer_norm
+from .parts import Rotation, joined, layer_norm, products
+
+MODULATION_ROWS = "modulation_rows"
+"""Among a call's `attention_kwargs`: the row of each sample in the blocks' tables of modulation."""
 
 
 class FusedQwenProcessor(QwenDoubleStreamAttnProcessor2_0):
@@ -40,11 +43,11 @@ class FusedQwenProcessor(QwenDoubleStreamAttnProcessor2_0):
         num_text = encoder_hidden_states.shape[1]
         of_picture, of_text = (Rotation.of_complex(turns) for turns in image_rotary_emb)
         query, key, value = (
-            layer(hidden_states).unflatten(-1, (-1, width)) for layer in (attn.to_q, attn.to_k, attn.to_v)
+            part.unflatten(-1, (-1, width)) for part in products(hidden_states, attn.to_q, attn.to_k, attn.to_v)
         )
         text_query, text_key, text_value = (
-            layer(encoder_hidden_states).unflatten(-1, (-1, width))
-            for layer in (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+            part.unflatten(-1, (-1, width))
+            for part in products(encoder_hidden_states, attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
         )
         queries, first, second = joined(text_query, query)
         of_text.turned(text_query, attn.norm_added_q, first)
@@ -69,6 +72,9 @@ class FusedQwenProcessor(QwenDoubleStreamAttnProcessor2_0):
 
 
 class FusedQwenBlock(QwenImageTransformerBlock):
+    modulations: torch.Tensor
+    """The block's part of a `ModulationTable`, where there is one: (rows, 12 D), the picture's vectors first."""
+
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -79,9 +85,10 @@ class FusedQwenBlock(QwenImageTransformerBlock):
         joint_attention_kwargs: dict[str, Any] | None = None,
         modulate_index: list[int] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = (joint_attention_kwargs or {}).get(MODULATION_ROWS)
         # An index tells the tokens of reference pictures apart, which have a modulation of their own.
         tokenwise = modulate_index is not None or self.zero_cond_t
-        if joint_attention_kwargs or tokenwise or hidden_states.dtype == torch.float16:
+        if rows is None and (joint_attention_kwargs or tokenwise or hidden_states.dtype == torch.float16):
             return super().forward(
                 hidden_states,
                 encoder_hidden_states,
@@ -91,8 +98,12 @@ class FusedQwenBlock(QwenImageTransformerBlock):
                 joint_attention_kwargs,
                 modulate_index,
             )
-        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = self.img_mod(temb).chunk(6, dim=-1)
-        t_shift, t_scale, t_gate, t_shift_mlp, t_scale_mlp, t_gate_mlp = self.txt_mod(temb).chunk(6, dim=-1)
+        if rows is None:
+            of_picture, of_text = self.img_mod(temb), self.txt_mod(temb)
+        else:
+            of_picture, of_text = self.modulations.index_select(0, rows).chunk(2, dim=-1)
+        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = of_picture.chunk(6, dim=-1)
+        t_shift, t_scale, t_gate, t_shift_mlp, t_scale_mlp, t_gate_mlp = of_text.chunk(6, dim=-1)
         picture, text = self.attn(
             hidden_states=norm_modulate(hidden_states, layer_norm(self.img_norm1), Modulation(scale, shift)),
             encoder_hidden_states=norm_modulate(

@@ -8,7 +8,7 @@ from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnP
 
 from ..kernels.ops import add_gated, add_gated_norm_modulate, norm_modulate
 from ..kernels.reference import Modulation, Norm
-from .parts import Rotation, layer_norm
+from .parts import Rotation, layer_norm, products
 
 
 class FusedWanProcessor(WanAttnProcessor):
@@ -22,8 +22,11 @@ class FusedWanProcessor(WanAttnProcessor):
     ) -> torch.Tensor:
         if attn.add_k_proj is not None or attn.fused_projections or attention_mask is not None:
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
-        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        query, key, value = attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)
+        if encoder_hidden_states is None:
+            query, key, value = products(hidden_states, attn.to_q, attn.to_k, attn.to_v)
+        else:
+            query = attn.to_q(hidden_states)
+            key, value = products(encoder_hidden_states, attn.to_k, attn.to_v)
         if rotary_emb is None:
             query, key = (
                 norm_modulate(x, Norm(eps=norm.eps, is_rms=True, weight=norm.weight))

@@ -19,7 +19,7 @@ def _chain(
     x_row, x_batch, branch_row, branch_batch, gate_batch, scale_batch, shift_batch,
     eps,
     ADDS: tl.constexpr, GATES: tl.constexpr, NORMS: tl.constexpr, IS_RMS: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, MODULATES: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, SCALES: tl.constexpr, SHIFTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     sample, token = row // tokens, row % tokens
@@ -43,8 +43,9 @@ def _chain(
             value *= tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
         if HAS_BIAS:
             value += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
-        if MODULATES:
+        if SCALES:
             value *= 1.0 + tl.load(scale + sample * scale_batch + column, mask=inside, other=0.0).to(tl.float32)
+        if SHIFTS:
             value += tl.load(shift + sample * shift_batch + column, mask=inside, other=0.0).to(tl.float32)
         tl.store(out + row * width + column, value.to(out.dtype.element_ty), mask=inside)
 
@@ -83,7 +84,7 @@ def _launch(
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if norms else x
     weight, bias = (None, None) if norm is None else (norm.weight, norm.bias)
     scale, shift = (None, None) if modulation is None else (_dense(modulation.scale), _dense(modulation.shift))
-    gate = None if gate is None else _dense(gate)
+    gate = _dense(gate)
     block = triton.next_power_of_2(width)
     _chain[(samples * tokens,)](
         x, branch, _or(gate, x), total, out, _or(weight, x), _or(bias, x), _or(scale, x), _or(shift, x),
@@ -92,7 +93,7 @@ def _launch(
         _batch_stride(gate), _batch_stride(scale), _batch_stride(shift),
         0.0 if norm is None else norm.eps,
         ADDS=adds, GATES=gate is not None, NORMS=norms, IS_RMS=norm is not None and norm.is_rms,
-        HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None, MODULATES=modulation is not None,
+        HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None, SCALES=scale is not None, SHIFTS=shift is not None,
         BLOCK=block, num_warps=min(16, max(4, block // 512)),
     )  # fmt: skip
     return total, out
@@ -102,8 +103,8 @@ def _rows_dense(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _dense(vectors: torch.Tensor) -> torch.Tensor:
-    return vectors if vectors.stride(-1) == 1 else vectors.contiguous()
+def _dense(vectors: torch.Tensor | None) -> torch.Tensor | None:
+    return vectors if vectors is None or vectors.stride(-1) == 1 else vectors.contiguous()
 
 
 def _batch_stride(vectors: torch.Tensor | None) -> int:

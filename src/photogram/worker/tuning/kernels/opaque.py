@@ -12,7 +12,7 @@ from types import ModuleType
 import torch
 
 from . import reference
-from .reference import Modulation, Norm
+from .reference import Activation, Modulation, Norm
 
 
 def norm_modulate(x_BSD: torch.Tensor, norm: Norm, modulation: Modulation | None) -> torch.Tensor:
@@ -44,8 +44,17 @@ def norm_rotate(
     _norm_rotate(x_BSHW, weight, eps, cos, sin, out_BSHW)
 
 
-def rms_silu(x_BCTHW: torch.Tensor, gamma_C: torch.Tensor, scale: float) -> torch.Tensor:
-    return _rms_silu(x_BCTHW, gamma_C, scale)
+def rms_silu(x_BCTHW: torch.Tensor, gamma_C: torch.Tensor, scale: float, out_BCTHW: torch.Tensor) -> None:
+    _rms_silu(x_BCTHW, gamma_C, scale, out_BCTHW)
+
+
+def gated(x_SD: torch.Tensor, value_SD: torch.Tensor, kind: Activation) -> torch.Tensor:
+    return _gated(x_SD, value_SD, kind)
+
+
+def linear_gelu(x_SD: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """Compilers would take the activation out of the product again, to be a pass over memory of its own."""
+    return _linear_gelu(x_SD, weight, bias)
 
 
 # --- the operators: an operator's arguments are tensors and numbers --------------------------------------------------
@@ -113,14 +122,31 @@ def _norm_rotate(
     _of(x, "rope").norm_rotate(x, weight, eps, cos, sin, out)
 
 
-@torch.library.custom_op("photogram::rms_silu", mutates_args=())
-def _rms_silu(x: torch.Tensor, gamma: torch.Tensor, scale: float) -> torch.Tensor:
-    return _of(x, "activation").rms_silu(x, gamma, scale)
+@torch.library.custom_op("photogram::rms_silu", mutates_args={"out"})
+def _rms_silu(x: torch.Tensor, gamma: torch.Tensor, scale: float, out: torch.Tensor) -> None:
+    _of(x, "activation").rms_silu(x, gamma, scale, out)
 
 
-@_rms_silu.register_fake
-def _(x, gamma, scale):  # noqa: ANN001, ANN202
-    return torch.empty_like(x)
+@torch.library.custom_op("photogram::gated", mutates_args=())
+def _gated(x: torch.Tensor, value: torch.Tensor, kind: str) -> torch.Tensor:
+    return _of(x, "activation").gated(x, value, kind)
+
+
+@_gated.register_fake
+def _(x, value, kind):  # noqa: ANN001, ANN202
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+@torch.library.custom_op("photogram::linear_gelu", mutates_args=())
+def _linear_gelu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    if x.is_cuda:
+        return torch._addmm_activation(bias, x, weight.t(), use_gelu=True)
+    return reference.linear_gelu(x, weight, bias)
+
+
+@_linear_gelu.register_fake
+def _(x, weight, bias):  # noqa: ANN001, ANN202
+    return torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device)
 
 
 def _flat(
@@ -138,7 +164,7 @@ def _structured(
     scale: torch.Tensor | None,
     shift: torch.Tensor | None,
 ) -> tuple[Norm, Modulation | None]:
-    modulation = Modulation(scale, shift) if scale is not None and shift is not None else None
+    modulation = None if scale is None else Modulation(scale, shift)
     return Norm(eps=eps, is_rms=is_rms, weight=weight, bias=bias), modulation
 
 

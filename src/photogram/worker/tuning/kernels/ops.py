@@ -9,7 +9,7 @@ from types import ModuleType
 import torch
 
 from . import opaque, reference
-from .reference import Modulation, Norm
+from .reference import Activation, Modulation, Norm
 
 
 def can_fuse(device: torch.device) -> bool:
@@ -58,10 +58,40 @@ def norm_rotate(
     return out
 
 
-def rms_silu(x_BCTHW: torch.Tensor, gamma_C: torch.Tensor, scale: float) -> torch.Tensor:
-    if x_BCTHW.is_cuda and x_BCTHW.is_contiguous(memory_format=torch.channels_last_3d):
-        return _chains("activation").rms_silu(x_BCTHW, gamma_C, scale)
-    return reference.rms_silu(x_BCTHW, gamma_C, scale)
+def rms_silu(
+    x_BCTHW: torch.Tensor, gamma_C: torch.Tensor, scale: float, out_BCTHW: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return `out_BCTHW`, or a tensor of its own, with what is computed of `x_BCTHW` in it."""
+    out = torch.empty_like(x_BCTHW) if out_BCTHW is None else out_BCTHW
+    if x_BCTHW.is_cuda and _places_follow(x_BCTHW) and _places_follow(out):
+        _chains("activation").rms_silu(x_BCTHW, gamma_C, scale, out)
+    else:
+        reference.rms_silu(x_BCTHW, gamma_C, scale, out)
+    return out
+
+
+def _places_follow(x_BCTHW: torch.Tensor) -> bool:
+    """Say whether each sample has its channels last, and its frames one after the other."""
+    return x_BCTHW.dim() == 5 and x_BCTHW[:1].is_contiguous(memory_format=torch.channels_last_3d)
+
+
+def gated(x: torch.Tensor, value: torch.Tensor, kind: Activation) -> torch.Tensor:
+    """Return the activation of `x` times `value`, both (..., D), which may be parts of one product."""
+    rows = (x.flatten(0, -2), value.flatten(0, -2))
+    result = _chains("activation").gated(*rows, kind) if x.is_cuda else reference.gated(*rows, kind)
+    return result.view(x.shape)
+
+
+def linear_gelu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """Return the tanh form of GELU of a linear layer, on a GPU within the matrix product."""
+    rows = x.flatten(0, -2)
+    if not x.is_cuda:
+        result = reference.linear_gelu(rows, weight, bias)
+    elif torch.compiler.is_compiling():
+        result = opaque.linear_gelu(rows, weight, bias)
+    else:
+        result = torch._addmm_activation(bias, rows, weight.t(), use_gelu=True)
+    return result.view(*x.shape[:-1], -1)
 
 
 def _chains(name: str) -> ModuleType:

@@ -6,9 +6,12 @@ Shapes: B batch, S tokens, D width, H heads, W width of a head. Vectors of modul
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
+
+Activation = Literal["silu", "gelu", "gelu_tanh"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,10 +26,10 @@ class Norm:
 
 @dataclass(frozen=True, slots=True)
 class Modulation:
-    """What follows a normalization: times one and `scale`, plus `shift`."""
+    """What follows a normalization: times one and `scale`, plus `shift` where there is one."""
 
     scale: torch.Tensor
-    shift: torch.Tensor
+    shift: torch.Tensor | None = None
 
 
 def norm_modulate(x_BSD: torch.Tensor, norm: Norm, modulation: Modulation | None) -> torch.Tensor:
@@ -75,10 +78,25 @@ def norm_rotate(
     out_BSHW.copy_(turned.flatten(-2))
 
 
-def rms_silu(x_BCTHW: torch.Tensor, gamma_C: torch.Tensor, scale: float) -> torch.Tensor:
-    """Return SiLU of each place's channels, divided by their length, times `scale` and gamma."""
+def rms_silu(x_BCTHW: torch.Tensor, gamma_C: torch.Tensor, scale: float, out_BCTHW: torch.Tensor) -> None:
+    """Write SiLU of each place's channels, divided by their length, times `scale` and gamma.
+
+    `out_BCTHW` may be some frames of a larger tensor.
+    """
     shape = (1, -1, *(1,) * (x_BCTHW.dim() - 2))
-    return F.silu(F.normalize(x_BCTHW.float(), dim=1) * scale * gamma_C.float().view(shape)).to(x_BCTHW.dtype)
+    out_BCTHW.copy_(F.silu(F.normalize(x_BCTHW.float(), dim=1) * scale * gamma_C.float().view(shape)))
+
+
+def gated(x_SD: torch.Tensor, value_SD: torch.Tensor, kind: Activation) -> torch.Tensor:
+    """Return the activation of `x` times `value`."""
+    x = x_SD.float()
+    activated = F.silu(x) if kind == "silu" else F.gelu(x, approximate="tanh" if kind == "gelu_tanh" else "none")
+    return (activated * value_SD.float()).to(x_SD.dtype)
+
+
+def linear_gelu(x_SD: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """Return the tanh form of GELU of a linear layer."""
+    return F.gelu(F.linear(x_SD, weight, bias), approximate="tanh")
 
 
 def _sum(x_BSD: torch.Tensor, branch_BSD: torch.Tensor, gate_BD: torch.Tensor | None) -> torch.Tensor:
@@ -96,5 +114,7 @@ def _normalized(x: torch.Tensor, norm: Norm, modulation: Modulation | None) -> t
     if norm.bias is not None:
         x = x + norm.bias.float()
     if modulation is not None:
-        x = x * (1 + modulation.scale.float()[:, None]) + modulation.shift.float()[:, None]
+        x = x * (1 + modulation.scale.float()[:, None])
+        if modulation.shift is not None:
+            x = x + modulation.shift.float()[:, None]
     return x
