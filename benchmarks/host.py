@@ -4,7 +4,8 @@
 
 A worker that answers at once stands in for the engine, so all of a request's time is the host's: key, validation, job
 store (committed before the answer), queue, frames, file, JSON. The client is a plain loop over sockets on the same
-machine. Peers in the same run: Pillow's PNG writer, x264's `fast` and `medium` presets, pickle over a pipe.
+machine. Peers in the same run: an ASGI app on the same uvicorn that does nothing but answer the same bytes, Pillow's
+PNG writer, x264's presets, pickle. "CPU ms" is processor time, which says something on a busy machine, too.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import date
 from importlib.metadata import version
 from io import BytesIO
@@ -33,6 +36,7 @@ import psutil
 from PIL import Image
 
 KEY = "sk-benchmark"
+PATH = "/v1/images/generations"
 WARM_REQUESTS = 50
 
 
@@ -76,6 +80,21 @@ def stub_worker(path: str) -> None:
                     return
 
 
+def bare_host(port: int, answer: bytes) -> None:
+    """The least that a server on uvicorn can do for a request: read its body and answer."""
+    import uvicorn
+
+    head = [(b"content-type", b"application/json"), (b"content-length", str(len(answer)).encode())]
+
+    async def app(scope, receive, send):
+        while (await receive()).get("more_body"):
+            pass
+        await send({"type": "http.response.start", "status": 200, "headers": head})
+        await send({"type": "http.response.body", "body": answer})
+
+    uvicorn.run(app, port=port, loop="uvloop", http="httptools", lifespan="off", log_level="warning", access_log=False)
+
+
 def host(port: int, data_dir: str) -> None:
     import uvloop
 
@@ -117,75 +136,97 @@ class Client:
 
 
 def requests(num_requests: int) -> dict[str, float]:
-    with tempfile.TemporaryDirectory() as folder:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        process = subprocess.Popen([sys.executable, __file__, "stub-host", str(port), folder])
-        try:
-            _wait_until_ready(port, process)
-            bodies = {
-                "url": b'{"prompt": "a cube", "size": "64x64", "response_format": "url"}',
-                "b64_json": b'{"prompt": "a cube", "size": "64x64"}',
-            }
-            figures: dict[str, float] = {}
-            for kind, body in bodies.items():
-                _alone(port, body, WARM_REQUESTS)
-                times = _alone(port, body, num_requests)
-                figures[f"{kind}: one client, p50 ms"] = statistics.median(times) * 1e3
-                figures[f"{kind}: one client, p95 ms"] = statistics.quantiles(times, n=20)[-1] * 1e3
-                for clients in (8, 32):
-                    _together(port, body, clients, num_requests // 4)
-                    before = _cpu_seconds(process.pid)
-                    started = time.perf_counter()
-                    _together(port, body, clients, num_requests)
-                    seconds = time.perf_counter() - started
-                    figures[f"{kind}: {clients} clients, requests/s"] = num_requests / seconds
-                    figures[f"{kind}: {clients} clients, host CPU ms"] = (
-                        (_cpu_seconds(process.pid) - before) / num_requests * 1e3
-                    )
-            before, started = _cpu_seconds(process.pid), time.perf_counter()
-            time.sleep(10)
-            figures["idle, % of a core"] = (_cpu_seconds(process.pid) - before) / (time.perf_counter() - started) * 100
-            return figures
-        finally:
-            process.terminate()
-            process.wait(30)
+    bodies = {
+        "url": b'{"prompt": "a cube", "size": "64x64", "response_format": "url"}',
+        "b64_json": b'{"prompt": "a cube", "size": "64x64"}',
+    }
+    with tempfile.TemporaryDirectory() as folder, _served("stub-host", folder) as ours:
+        answers = {kind: Client(ours.port).post(PATH, body) for kind, body in bodies.items()}
+        figures: dict[str, float] = {}
+        for kind, body in bodies.items():
+            file = Path(folder) / "answer.json"
+            file.write_bytes(answers[kind])
+            with _served("bare-host", str(file)) as bare:
+                for clients in (1, 8, 32):
+                    for name, server in (("ours", ours), ("bare uvicorn", bare)):
+                        measured = _measured(server, body, clients, num_requests)
+                        figures |= {f"{kind}, {clients} clients, {name}: {what}": n for what, n in measured.items()}
+        figures["idle, % of a core"] = _idle(ours)
+        return figures
+
+
+@dataclass(frozen=True)
+class Served:
+    port: int
+    process: subprocess.Popen[bytes]
+
+    def cpu_s(self) -> float:
+        """Of the server alone: the stand-in is the engine's part."""
+        times = psutil.Process(self.process.pid).cpu_times()
+        return times.user + times.system
+
+
+@contextmanager
+def _served(role: str, *arguments: str) -> Iterator[Served]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    process = subprocess.Popen([sys.executable, __file__, role, str(port), *arguments])
+    try:
+        _wait_until_ready(port, process)
+        yield Served(port, process)
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def _measured(server: Served, body: bytes, num_clients: int, num_requests: int) -> dict[str, float]:
+    _together(server.port, body, num_clients, max(WARM_REQUESTS, num_requests // 4))
+    before, started = server.cpu_s(), time.perf_counter()
+    times = _together(server.port, body, num_clients, num_requests)
+    seconds, cpu_s = time.perf_counter() - started, server.cpu_s() - before
+    return {
+        "p50 ms": statistics.median(times) * 1e3,
+        "p95 ms": statistics.quantiles(times, n=20)[-1] * 1e3,
+        "requests/s": len(times) / seconds,
+        "CPU ms": cpu_s / len(times) * 1e3,
+    }
+
+
+def _idle(server: Served) -> float:
+    before, started = server.cpu_s(), time.perf_counter()
+    time.sleep(10)
+    return (server.cpu_s() - before) / (time.perf_counter() - started) * 100
 
 
 def _wait_until_ready(port: int, process: subprocess.Popen[bytes]) -> None:
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and process.poll() is None:
         try:
-            Client(port).post("/v1/images/generations", b'{"prompt": "a cube", "size": "64x64"}')
+            Client(port).post(PATH, b'{"prompt": "a cube", "size": "64x64"}')
             return
         except (OSError, SystemExit):
             time.sleep(0.2)
     raise SystemExit("the server did not start")
 
 
-def _alone(port: int, body: bytes, num_requests: int) -> list[float]:
-    client, times = Client(port), []
-    for _ in range(num_requests):
-        started = time.perf_counter()
-        client.post("/v1/images/generations", body)
-        times.append(time.perf_counter() - started)
-    return times
+def _together(port: int, body: bytes, num_clients: int, num_requests: int) -> list[float]:
+    """Return the seconds of each request, sent by clients that wait for their answers before they go on."""
+    times: list[float] = []
 
+    def send(num: int) -> None:
+        client = Client(port)
+        for _ in range(num):
+            started = time.perf_counter()
+            client.post(PATH, body)
+            times.append(time.perf_counter() - started)
 
-def _together(port: int, body: bytes, num_clients: int, num_requests: int) -> None:
-    share = num_requests // num_clients
-    threads = [threading.Thread(target=_alone, args=(port, body, share)) for _ in range(num_clients)]
+    threads = [threading.Thread(target=send, args=(num_requests // num_clients,)) for _ in range(num_clients)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-
-
-def _cpu_seconds(pid: int) -> float:
-    """Of the host alone: the stand-in is the engine's part."""
-    times = psutil.Process(pid).cpu_times()
-    return times.user + times.system
+    return times
 
 
 # --- files and frames
@@ -204,21 +245,23 @@ def picture(height: int, width: int, noise: float, seed: int = 0) -> np.ndarray:
     return (total + random.normal(size=total.shape) * noise).clip(0, 255).astype(np.uint8)
 
 
-def milliseconds(act: Callable[[], object], repeats: int) -> float:
+def costs(name: str, act: Callable[[], object], repeats: int) -> dict[str, float]:
+    """Return the medians of what an act takes, by the clock and of all processors together."""
     act()
-    times = []
+    times, cpu_times = [], []
     for _ in range(repeats):
-        started = time.perf_counter()
+        started, cpu_started = time.perf_counter(), time.process_time()
         act()
         times.append(time.perf_counter() - started)
-    return statistics.median(times) * 1e3
+        cpu_times.append(time.process_time() - cpu_started)
+    return {f"{name}, ms": statistics.median(times) * 1e3, f"{name}, CPU ms": statistics.median(cpu_times) * 1e3}
 
 
 def files(repeats: int) -> dict[str, float]:
     import av
 
     from photogram.media import clip_file
-    from photogram.media.frames import take_frames
+    from photogram.media.frames import frames_of
     from photogram.media.png import png
     from photogram.worker.frame_store import FrameStore
 
@@ -232,40 +275,54 @@ def files(repeats: int) -> dict[str, float]:
     figures: dict[str, float] = {}
     writers = {"ours": lambda: png(still), "Pillow": lambda: pillow(6), "Pillow, 1": lambda: pillow(1)}
     for name, write in writers.items():
-        figures[f"PNG 1024x1024, {name}, ms"] = milliseconds(write, repeats)
+        figures |= costs(f"PNG 1024x1024, {name}", write, repeats)
         figures[f"PNG 1024x1024, {name}, % of raw"] = len(write()) / still.nbytes * 100
 
     big = picture(580, 1000, noise=0)
     random = np.random.default_rng(1)
     clip = np.stack([big[i : i + 480, 2 * i : 2 * i + 832] for i in range(81)])
     clip = (clip + random.normal(size=clip.shape).astype(np.float32) * 0.5).clip(0, 255).astype(np.uint8)
-    own_preset = clip_file._X264["preset"]
-    for preset in (own_preset, "fast", "medium"):
-        clip_file._X264["preset"] = preset
+    own = clip_file._X264
+    peers = {preset: {"preset": preset, "x264-params": "mbtree=0"} for preset in ("superfast", "fast", "medium")}
+    for preset, options in {"ours": own, **peers}.items():
+        clip_file._X264 = options
         data = clip_file.encode_mp4(iter(clip), 832, 480, 16, 50)
         with av.open(BytesIO(data)) as container:
             decoded = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
         error = np.mean([(np.square(a.astype(float) - b)).mean() for a, b in zip(decoded, clip, strict=True)])
-        name = f"MP4 832x480x81, {preset}{' (ours)' if preset == own_preset else ''}"
-        figures[f"{name}, ms"] = milliseconds(lambda: clip_file.encode_mp4(iter(clip), 832, 480, 16, 50), repeats)
+        name = f"MP4 832x480x81, {preset}"
+        figures |= costs(name, lambda: clip_file.encode_mp4(iter(clip), 832, 480, 16, 50), repeats)
         figures[f"{name}, MB"] = len(data) / 1e6
         figures[f"{name}, PSNR dB"] = 10 * float(np.log10(255**2 / error))
-    clip_file._X264["preset"] = own_preset
+    clip_file._X264 = own
 
     memory = "/dev/shm" if Path("/dev/shm").is_dir() else None
     with tempfile.TemporaryDirectory(dir=memory) as folder:
         store = FrameStore(folder)
-        figures["frames to the host, 97 MB, ours, ms"] = milliseconds(
-            lambda: take_frames(store.put(clip), Path(folder)), repeats
-        )
-    figures["frames to the host, 97 MB, pickled, ms"] = milliseconds(lambda: pickle.loads(pickle.dumps(clip)), repeats)
+
+        def hand_over() -> None:
+            with frames_of(store.put(clip), Path(folder)):
+                pass
+
+        figures |= costs("frames to the host, 97 MB, ours", hand_over, repeats)
+        figures |= costs("frames to the host, 97 MB, a new file", lambda: _through_a_new_file(clip, folder), repeats)
+    figures |= costs("frames to the host, 97 MB, pickled", lambda: pickle.loads(pickle.dumps(clip)), repeats)
     return figures
+
+
+def _through_a_new_file(frames: np.ndarray, folder: str) -> None:
+    path = Path(folder) / "new"
+    path.write_bytes(frames.data)
+    np.memmap(path, np.uint8, "r")
+    path.unlink()
 
 
 def main() -> None:
     match sys.argv[1:]:
         case ["stub-host", port, folder]:
             return host(int(port), folder)
+        case ["bare-host", port, answer]:
+            return bare_host(int(port), Path(answer).read_bytes())
         case ["stub-worker", path]:
             return stub_worker(path)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -275,7 +332,7 @@ def main() -> None:
     arguments = parser.parse_args()
     figures = requests(arguments.requests) | files(arguments.repeats)
     for name, figure in figures.items():
-        print(f"{name:45} {figure:9.2f}")
+        print(f"{name:52} {figure:9.2f}")
     about = {
         "date": str(date.today()),
         "cores": os.cpu_count(),

@@ -81,6 +81,34 @@ def test_a_job_makes_exactly_the_moves_of_the_table(tmp_path, state, to):
     with_store(tmp_path, story)
 
 
+@pytest.mark.parametrize("to", ["completed", "failed", "cancelled"])
+def test_a_job_whose_moves_were_not_written_gets_to_its_end_at_once(tmp_path, to):
+    record = job()
+    why = {"error_code": "timeout", "error_message": "too slow"} if to == "failed" else {}
+
+    async def story(store):
+        await store.create([record])
+        ended = await store.move(record.job_id, to, skipping=True, started_at=2_000_000.0, run_s=0.5, **why)
+        assert (ended.state, ended.attempts, ended.started_at, ended.run_s) == (to, 1, 2_000_000.0, 0.5)
+        assert await store.get(record.job_id) == ended
+        with pytest.raises(IllegalTransition):
+            await store.move(record.job_id, "completed", skipping=True)
+
+    with_store(tmp_path, story)
+
+
+def test_an_interrupted_job_names_the_file_that_it_may_have_left(tmp_path):
+    picture, kept = job(), job(idempotency_key="k")
+
+    async def story(store):
+        await store.create([picture, kept])
+        (failed,) = await store.fail_interrupted(lambda record: f"{record.job_id}.png")
+        assert (failed.job_id, failed.file_key) == (picture.job_id, f"{picture.job_id}.png")
+        assert await store.with_leftover_file() == (failed,)
+
+    with_store(tmp_path, story)
+
+
 def test_moves_are_stamped_and_keep_what_became_known(tmp_path):
     record, clock = job(), Clock(2_000_000.0)
 

@@ -154,6 +154,44 @@ def test_jobs_of_a_killed_server_are_failed_at_the_next_start(deploy):
     assert (answer.status_code, answer.json()["error"]["code"]) == (404, "image_failed")
 
 
+def test_a_picture_that_a_killed_server_left_without_its_row_saying_so_is_removed(deploy):
+    first = deploy()
+    make(first)
+    first.stop()
+    import contextlib
+    import sqlite3
+    from pathlib import Path
+
+    # Killed when the file was lasting and the row said what it says from its acceptance on.
+    with contextlib.closing(sqlite3.connect(f"{first.config.data_dir}/jobs.sqlite3")) as connection:
+        connection.execute("update jobs set state = 'queued', started_at = null, finished_at = null, file_key = null")
+        connection.commit()
+    files = Path(first.config.data_dir) / "files"
+    assert [path for path in files.rglob("*.png") if path.is_file()] != []
+    second = deploy()
+    [row] = second.rows()
+    assert row[1:] == ("failed", "interrupted")
+    assert [path for path in files.rglob("*.png") if path.is_file()] == []
+
+
+def test_a_pictures_row_tells_at_its_end_all_that_became_known_on_its_way(deploy):
+    import contextlib
+    import sqlite3
+
+    server = deploy()
+    [item] = make(server, response_format="url")
+    with contextlib.closing(sqlite3.connect(f"{server.config.data_dir}/jobs.sqlite3")) as connection:
+        connection.row_factory = sqlite3.Row
+        [row] = connection.execute("select * from jobs").fetchall()
+    assert row["state"] == "completed"
+    assert row["created_at"] <= row["started_at"] <= row["finished_at"]
+    assert row["attempts"] == 1
+    assert row["file_key"] == f"{row['job_id']}.png"
+    assert row["content_type"] == "image/png"
+    assert row["file_bytes"] == len(server.get(item["url"]).content)
+    assert row["image_tokens"] > 0
+
+
 def test_unfinished_and_failed_pictures_are_404_with_the_reason(deploy):
     server = deploy()
     server.post(json={"prompt": "fail:out_of_memory"})

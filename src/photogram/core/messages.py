@@ -17,9 +17,15 @@ from .request import GenerateRequest, LoraUse
 
 Phase = Literal["queued", "encode", "denoise", "decode"]
 
+GIVEN_BACK = ".free"
+"""Added to the name of a frames file that its receiver has read and a sender may write anew."""
+REUSED_BYTES = 1 << 20
+"""A smaller file is made anew sooner than the folder is looked through."""
+
 
 class FrameBlock(msgspec.Struct, frozen=True):
-    """uint8 RGB (or RGBA) frames in a shared-memory file: shape (F, H, W, C), C order. The receiver unlinks it."""
+    """uint8 RGB (or RGBA) frames in a shared-memory file: shape (F, H, W, C), C order. The receiver unlinks it or, to
+    be written anew, puts `GIVEN_BACK` on its name."""
 
     path: str
     shape: tuple[int, int, int, int]

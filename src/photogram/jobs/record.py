@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 import secrets
+from functools import cache
 from typing import Literal
 
 import msgspec
@@ -31,6 +32,16 @@ TRANSITIONS: dict[JobState, frozenset[JobState]] = {
 }
 UNFINISHED: tuple[JobState, ...] = tuple(state for state, following in TRANSITIONS.items() if following)
 FINISHED: tuple[JobState, ...] = tuple(state for state, following in TRANSITIONS.items() if not following)
+
+
+@cache
+def sources(to: JobState, *, skipping: bool = False) -> tuple[JobState, ...]:
+    """Return the states from which a job may become `to`: by one move, or `skipping` by any number of them."""
+    found = [state for state, following in TRANSITIONS.items() if to in following]
+    if skipping:
+        for state in found:  # which grows meanwhile
+            found += [earlier for earlier in sources(state) if earlier not in found]
+    return tuple(found)
 
 
 class IllegalTransition(Conflict):

@@ -10,7 +10,8 @@ import asyncio
 import logging
 
 from ..core.errors import NotFound, StorageFailed
-from ..storage import Storage
+from ..media.image_file import FILE_TYPES
+from ..storage import Storage, file_key
 from .inputs import InputFolders
 from .record import JobRecord
 from .store import JobStore
@@ -26,7 +27,7 @@ async def recover(store: JobStore, storage: Storage, inputs: InputFolders) -> No
 
     Raises StorageFailed when the job store fails; files that cannot be reached now are left to a later start.
     """
-    for record in await store.fail_interrupted():
+    for record in await store.fail_interrupted(result_key):
         log.warning("job %s was interrupted by the end of an earlier server", record.job_id)
     for record in await store.unfinished():
         if record.state != "queued":
@@ -37,6 +38,11 @@ async def recover(store: JobStore, storage: Storage, inputs: InputFolders) -> No
     removed = await asyncio.to_thread(inputs.sweep, {record.inputs for record in waiting if record.inputs})
     if removed:
         log.info("removed the inputs of %d requests that are over", removed)
+
+
+def result_key(record: JobRecord) -> str:
+    """Return the storage's key of a job's file, whether it is there yet or not."""
+    return file_key(record.job_id, FILE_TYPES[record.output.format].suffix)
 
 
 async def _settle(store: JobStore, storage: Storage, record: JobRecord) -> None:

@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import msgspec
-from sqlalchemy import URL, Connection, RowMapping, Update, bindparam, delete, func, insert, or_, select, update
+from sqlalchemy import URL, Connection, Row, bindparam, delete, func, insert, or_, select, update
 
 from ..core.errors import NotFound, RequestError
 from ..core.request import GenerateRequest, JSONValue, OutputSpec
 from .announce import announce
-from .record import FINISHED, TRANSITIONS, UNFINISHED, IllegalTransition, JobKind, JobRecord, JobState
+from .prepared import Prepared
+from .record import FINISHED, UNFINISHED, IllegalTransition, JobKind, JobRecord, JobState, sources
 from .schema import jobs, lock_folder, open_database
 from .transactions import Transactions
 
@@ -28,16 +29,18 @@ Result = TypeVar("Result")
 
 STORE_FILE = "jobs.sqlite3"
 # Columns that hold JSON, and of what.
-_JSON: dict[str, Any] = {
-    "request": GenerateRequest,
-    "output": OutputSpec,
-    "warnings": tuple[str, ...],
-    "facts": dict[str, JSONValue],
+_JSON: dict[str, msgspec.json.Decoder[Any]] = {
+    "request": msgspec.json.Decoder(GenerateRequest),
+    "output": msgspec.json.Decoder(OutputSpec),
+    "warnings": msgspec.json.Decoder(tuple[str, ...]),
+    "facts": msgspec.json.Decoder(dict[str, JSONValue]),
 }
 MAX_PAGE = 1000
-# Statements of every job's way are built once: building them anew costs more than the database takes to run them.
-_INSERT = insert(jobs)
-_GET = select(jobs).where(jobs.c.job_id == bindparam("job"))
+_COLUMNS = tuple("index" if column.name == "index_in_group" else column.name for column in jobs.c)
+_INSERT = Prepared(
+    insert(jobs).values({column.name: bindparam(column.name) for column in jobs.c if not column.primary_key})
+)
+_GET = Prepared(select(jobs).where(jobs.c.job_id == bindparam("job")))
 _REMEMBERED_DELETIONS = 10_000
 
 
@@ -97,12 +100,14 @@ class JobStore:
         image_tokens: int | None = None,
         warnings: tuple[str, ...] | None = None,
         interrupted: bool = False,
+        skipping: bool = False,
     ) -> JobRecord:
         """Move a job to a state, with what became known (None: unchanged), and return its new record.
 
         Of two writers that want to move the same job one wins; the other gets IllegalTransition. Beginning and end
         are stamped with the store's clock unless given, each beginning counts as an attempt, and `interrupted` adds
-        to the interruptions. With a final state goes what is owed for it (`jobs/announce`). Raises NotFound.
+        to the interruptions. `skipping` is for a job whose moves before this one were not written. With a final state
+        goes what is owed for it (`jobs/announce`). Raises NotFound.
         """
         if to == "failed" and (error_code is None or error_message is None):
             raise ValueError("a failed job needs error_code and error_message")
@@ -121,9 +126,12 @@ class JobStore:
             "warnings": None if warnings is None else msgspec.json.encode(warnings).decode(),
         }
         known: dict[str, Any] = {name: value for name, value in changes.items() if value is not None}
+        if "started_at" in known:
+            known["attempts"] = 1
         if interrupted:
             known["interruptions"] = 1
-        return await self._run(lambda connection: _move(connection, job_id, to, known), promise=to in FINISHED)
+        states = sources(to, skipping=skipping)
+        return await self._run(lambda connection: _move(connection, job_id, states, to, known), promise=to in FINISHED)
 
     async def get(self, job_id: str) -> JobRecord:
         """Return one job. Raises NotFound."""
@@ -132,20 +140,20 @@ class JobStore:
     async def group(self, group_id: str) -> tuple[JobRecord, ...]:
         """Return the jobs of one API object in their order; none for an unknown id."""
         query = select(jobs).where(jobs.c.group_id == group_id).order_by(jobs.c.index_in_group)
-        return await self._run(lambda connection: _records(connection.execute(query).mappings().all()))
+        return await self._run(lambda connection: _records(connection.execute(query).all()))
 
     async def with_idempotency_key(self, owner: str, key: str) -> tuple[JobRecord, ...]:
         """Return the jobs that this owner made under a key, in their order."""
         query = select(jobs).where(jobs.c.owner == owner, jobs.c.idempotency_key == key)
         query = query.order_by(jobs.c.index_in_group)
-        return await self._run(lambda connection: _records(connection.execute(query).mappings().all()))
+        return await self._run(lambda connection: _records(connection.execute(query).all()))
 
     async def unfinished(self, kind: JobKind | None = None) -> tuple[JobRecord, ...]:
         """Return what is queued, running or encoding, oldest first."""
         query = select(jobs).where(jobs.c.state.in_(UNFINISHED)).order_by(jobs.c.position)
         if kind is not None:
             query = query.where(jobs.c.kind == kind)
-        return await self._run(lambda connection: _records(connection.execute(query).mappings().all()))
+        return await self._run(lambda connection: _records(connection.execute(query).all()))
 
     async def list(
         self,
@@ -172,7 +180,7 @@ class JobStore:
 
         def page(connection: Connection) -> tuple[JobRecord, ...]:
             if after is None:
-                return _records(connection.execute(query).mappings().all())
+                return _records(connection.execute(query).all())
             position = connection.scalar(place)
             if position is None and after in self._deleted:
                 gone = self._deleted[after]
@@ -180,7 +188,7 @@ class JobStore:
             if position is None:
                 raise RequestError(f"after '{after}': no such job.", param="after")
             beyond = jobs.c.position > position if order == "asc" else jobs.c.position < position
-            return _records(connection.execute(query.where(beyond)).mappings().all())
+            return _records(connection.execute(query.where(beyond)).all())
 
         return await self._run(page)
 
@@ -192,7 +200,7 @@ class JobStore:
             same_time = (jobs.c.finished_at == after.finished_at) & (jobs.c.job_id > after.job_id)
             query = query.where((jobs.c.finished_at > after.finished_at) | same_time)
         query = query.order_by(jobs.c.finished_at, jobs.c.job_id).limit(limit)
-        return await self._run(lambda connection: _records(connection.execute(query).mappings().all()))
+        return await self._run(lambda connection: _records(connection.execute(query).all()))
 
     async def totals(self) -> Totals:
         """Return how many jobs are finished and how large their files are together."""
@@ -221,24 +229,31 @@ class JobStore:
             del self._deleted[next(iter(self._deleted))]
         return True
 
-    async def fail_interrupted(self) -> tuple[JobRecord, ...]:
+    async def fail_interrupted(
+        self, file_of: Callable[[JobRecord], str | None] = lambda record: record.file_key
+    ) -> tuple[JobRecord, ...]:
         """Fail the unfinished jobs that do not outlive their client, and return them as they are now.
 
-        For the start of a server, before it accepts anything: such a job has lost its client. A `file_key` among
-        them may name a file that is complete, half-way or absent: delete it.
+        For the start of a server, before it accepts anything: such a job has lost its client. `file_of` tells under
+        which key its file may be; that file may be complete, half-way or absent: delete it.
         """
         now = self._clock()
+        alone = (jobs.c.kind == "image") & jobs.c.idempotency_key.is_(None)
+        lost = select(jobs).where(alone, jobs.c.state.in_(UNFINISHED)).order_by(jobs.c.position)
 
         def fail(connection: Connection) -> tuple[JobRecord, ...]:
-            alone = (jobs.c.kind == "image") & jobs.c.idempotency_key.is_(None)
-            lost = select(jobs.c.job_id).where(alone, jobs.c.state.in_(UNFINISHED))
-            job_ids = connection.scalars(lost.order_by(jobs.c.position)).all()
-            changes: dict[str, Any] = {
-                "error_code": "interrupted",
-                "error_message": "the server stopped before the job was finished; send the request again.",
-                "finished_at": now,
-            }
-            return tuple(_move(connection, job_id, "failed", changes) for job_id in job_ids)
+            failed = []
+            for record in _records(connection.execute(lost).all()):
+                changes: dict[str, Any] = {
+                    "error_code": "interrupted",
+                    "error_message": "the server stopped before the job was finished; send the request again.",
+                    "finished_at": now,
+                }
+                key = file_of(record)
+                if key is not None:
+                    changes["file_key"] = key
+                failed.append(_move(connection, record.job_id, UNFINISHED, "failed", changes))
+            return tuple(failed)
 
         return await self._run(fail, promise=True)
 
@@ -252,7 +267,7 @@ class JobStore:
     async def with_leftover_file(self) -> tuple[JobRecord, ...]:
         """Return the failed and cancelled jobs whose row still names a file."""
         query = select(jobs).where(jobs.c.state.in_(("failed", "cancelled")), jobs.c.file_key.is_not(None))
-        return await self._run(lambda connection: _records(connection.execute(query).mappings().all()))
+        return await self._run(lambda connection: _records(connection.execute(query).all()))
 
     async def forget_file(self, job_id: str) -> None:
         """Note that the file of a job without result was removed. An unknown or completed job is left as it is."""
@@ -290,29 +305,32 @@ def open_store(data_dir: Path, *, clock: Callable[[], float] = time.time) -> Job
 
 
 def _insert(connection: Connection, rows: Sequence[Mapping[str, object]]) -> None:
-    connection.execute(_INSERT, rows)
+    for row in rows:
+        _INSERT.run(connection, row)
 
 
 @cache
-def _moving(to: JobState, changed: frozenset[str]) -> Update:
-    """Return the statement that moves a job to a state and sets these columns, and returns the row that it moved.
+def _moving(sources: tuple[JobState, ...], to: JobState, changed: frozenset[str]) -> Prepared:
+    """Return the statement that moves a job from one of the states and sets these columns, and returns the row that it
+    moved.
 
     The check and the change are one statement: of two writers the second finds no row to change.
     """
-    sources = [state for state, following in TRANSITIONS.items() if to in following]
     may_move = or_(*(jobs.c.state == source for source in sources))
     values: dict[str, Any] = {name: bindparam(f"new_{name}") for name in changed}
-    if to == "running":
-        values["attempts"] = jobs.c.attempts + 1
-    if "interruptions" in changed:
-        values["interruptions"] = jobs.c.interruptions + bindparam("new_interruptions")
-    return update(jobs).where(jobs.c.job_id == bindparam("job"), may_move).values(state=to, **values).returning(*jobs.c)
+    for counted in ("attempts", "interruptions"):
+        if counted in changed:
+            values[counted] = jobs.c[counted] + values[counted]
+    moving = update(jobs).where(jobs.c.job_id == bindparam("job"), may_move).values(state=to, **values)
+    return Prepared(moving.returning(*jobs.c))
 
 
-def _move(connection: Connection, job_id: str, to: JobState, changes: Mapping[str, Any]) -> JobRecord:
-    """Move a job. `changes` are new values by column, of `interruptions` how many are added."""
+def _move(
+    connection: Connection, job_id: str, sources: tuple[JobState, ...], to: JobState, changes: Mapping[str, Any]
+) -> JobRecord:
+    """Move a job. `changes` are new values by column, of `attempts` and `interruptions` how many are added."""
     known = {"job": job_id} | {f"new_{name}": value for name, value in changes.items()}
-    row = connection.execute(_moving(to, frozenset(changes)), known).mappings().one_or_none()
+    row = _moving(sources, to, frozenset(changes)).run(connection, known)
     if row is None:
         raise IllegalTransition(job_id, _get(connection, job_id).state, to)
     record = _record(row)
@@ -322,13 +340,13 @@ def _move(connection: Connection, job_id: str, to: JobState, changes: Mapping[st
 
 
 def _get(connection: Connection, job_id: str) -> JobRecord:
-    row = connection.execute(_GET, {"job": job_id}).mappings().one_or_none()
+    row = _GET.run(connection, {"job": job_id})
     if row is None:
         raise NotFound(f"no job '{job_id}'.")
     return _record(row)
 
 
-def _records(rows: Sequence[RowMapping]) -> tuple[JobRecord, ...]:
+def _records(rows: Sequence[Row[Any]]) -> tuple[JobRecord, ...]:
     return tuple(_record(row) for row in rows)
 
 
@@ -340,10 +358,10 @@ def _row(record: JobRecord) -> dict[str, Any]:
     return row
 
 
-def _record(row: RowMapping) -> JobRecord:
-    fields = dict(row)
+def _record(row: Sequence[Any]) -> JobRecord:
+    """Return a row, with all its columns in the table's order, as a record."""
+    fields = dict(zip(_COLUMNS, row, strict=True))
     del fields["position"]
-    fields["index"] = fields.pop("index_in_group")
-    for name, kind in _JSON.items():
-        fields[name] = msgspec.json.decode(fields[name], type=kind)
+    for name, decoder in _JSON.items():
+        fields[name] = decoder.decode(fields[name])
     return JobRecord(**fields)

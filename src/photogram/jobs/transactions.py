@@ -7,10 +7,11 @@ and a client alone waits no longer than before.
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+from threading import Thread
 from typing import Any, TypeVar
 
 import msgspec
@@ -29,7 +30,8 @@ _MAX_TOGETHER = 64  # works in one transaction: the last one's answer waits for 
 class _Asked:
     work: Callable[[Connection], Any]
     promise: bool
-    done: Future[Any] = field(default_factory=Future)
+    loop: asyncio.AbstractEventLoop
+    done: asyncio.Future[Any]
 
 
 class Transactions:
@@ -38,8 +40,12 @@ class Transactions:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._waiting: deque[_Asked] = deque()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="photogram-store")
+        # Taken and kept by the thread: checking out anew costs as much as a small transaction.
+        self._connection: Connection | None = None
+        self._waiting: SimpleQueue[_Asked | None] = SimpleQueue()  # None: the end
+        self._closed = False
+        self._thread = Thread(target=self._work_off, name="photogram-store", daemon=True)
+        self._thread.start()
 
     async def run(self, work: Callable[[Connection], Result], *, promise: bool = False) -> Result:
         """Return what `work` returns, once it is committed; with `promise`, once it is on the disk.
@@ -48,55 +54,110 @@ class Transactions:
         Conflict for a key that is there already, StorageFailed when the database fails or is closed, and what the work
         raises.
         """
-        asked = _Asked(work, promise)
-        self._waiting.append(asked)
-        try:
-            self._thread.submit(self._work_off)
-        except RuntimeError as error:
-            self._waiting.remove(asked)
-            raise StorageFailed("the job store is closed, the server is stopping.") from error
-        result: Result = await asyncio.wrap_future(asked.done)
+        if self._closed:
+            raise StorageFailed("the job store is closed, the server is stopping.")
+        loop = asyncio.get_running_loop()
+        asked = _Asked(work, promise, loop, loop.create_future())
+        self._waiting.put(asked)
+        result: Result = await asked.done
         return result
 
     async def close(self) -> None:
         """Finish what was asked for and close the database."""
-        await asyncio.get_running_loop().run_in_executor(self._thread, self._engine.dispose)
-        self._thread.shutdown(wait=True)
+        self._closed = True
+        self._waiting.put(None)
+        await asyncio.to_thread(self._thread.join)
+
+    # --- in the thread
 
     def _work_off(self) -> None:
-        together: list[_Asked] = []
-        while self._waiting and len(together) < _MAX_TOGETHER:
-            asked = self._waiting.popleft()
-            if asked.done.set_running_or_notify_cancel():
-                together.append(asked)
-        if together and not self._committed(together):
-            for asked in together:
-                self._committed([asked])
+        is_end = False
+        while not is_end:
+            together: list[_Asked] = []
+            asked = self._waiting.get()
+            while asked is not None:
+                if not asked.done.cancelled():
+                    together.append(asked)
+                if len(together) == _MAX_TOGETHER:
+                    break
+                try:
+                    asked = self._waiting.get_nowait()
+                except Empty:
+                    break
+            else:
+                is_end = True
+            if together:
+                self._make(together)
+        self._let_go()
+        self._engine.dispose()
 
-    def _committed(self, together: Sequence[_Asked]) -> bool:
-        """Run the works in one transaction and answer them. False, with nothing done, when one of several failed."""
-        try:
-            with self._engine.connect() as connection:
-                set_synchronous(connection, promise=any(asked.promise for asked in together))
-                try:
-                    results = [asked.work(connection) for asked in together]
-                except Exception:
-                    if len(together) > 1:
-                        return False
-                    raise
-                try:
-                    connection.commit()
-                except Exception:
-                    # Else the pool would keep the connection with the transaction open, for the next one to commit.
-                    connection.invalidate()
-                    raise
-        except Exception as error:
+    def _make(self, together: Sequence[_Asked]) -> None:
+        answers = self._committed(together)
+        if answers is None:
+            answers = []
             for asked in together:
-                asked.done.set_exception(_told(error))
-            return True
-        for asked, result in zip(together, results, strict=True):
-            asked.done.set_result(result)
-        return True
+                answers += self._committed([asked]) or ()
+        loops = {asked.loop for asked in together}
+        for loop in loops:
+            those = [answer for asked, answer in zip(together, answers, strict=True) if asked.loop is loop]
+            with suppress(RuntimeError):  # the loop is closed, and nobody waits
+                loop.call_soon_threadsafe(_tell, those)
+
+    def _committed(self, together: Sequence[_Asked]) -> list[_Answer] | None:
+        """Run the works in one transaction and return their answers; None, with nothing done, when one of several
+        failed."""
+        try:
+            connection = self._connected()
+            connection.begin()
+            set_synchronous(connection, promise=any(asked.promise for asked in together))
+            try:
+                results = [asked.work(connection) for asked in together]
+            except Exception:
+                connection.rollback()
+                if len(together) > 1:
+                    return None
+                raise
+            try:
+                connection.commit()
+            except Exception:
+                # Else the transaction would stay open, for the next one to commit.
+                connection.invalidate()
+                raise
+        except Exception as error:
+            self._let_go()
+            told = _told(error)
+            return [_Answer(asked.done, None, told) for asked in together]
+        return [_Answer(asked.done, result, None) for asked, result in zip(together, results, strict=True)]
+
+    def _connected(self) -> Connection:
+        if self._connection is None:
+            self._connection = self._engine.connect()
+        return self._connection
+
+    def _let_go(self) -> None:
+        """Give the connection back to the pool, which makes a new one where it is lost."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            with suppress(DBAPIError):
+                connection.close()
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    done: asyncio.Future[Any]
+    result: Any
+    error: Exception | None
+
+
+def _tell(answers: Sequence[_Answer]) -> None:
+    """Answer the callers that still wait; on their event loop."""
+    for answer in answers:
+        if answer.done.done():
+            continue
+        if answer.error is None:
+            answer.done.set_result(answer.result)
+        else:
+            answer.done.set_exception(answer.error)
 
 
 def _told(error: Exception) -> Exception:

@@ -19,7 +19,7 @@ from ..core.messages import FrameBlock, SoundBlock
 from ..core.request import OutputSpec
 from .clip_file import encode_mp4
 from .fit import fit
-from .frames import Frames, discard_frames, take_frames, take_sound
+from .frames import Frames, discard_frames, frames_of, take_sound
 from .image_file import FILE_TYPES, encode_image
 from .inputs import keep_outside
 from .provenance import Provenance
@@ -126,14 +126,15 @@ class MediaPool:
 def _encode_picture(
     block: FrameBlock, frames_dir: Path, output: OutputSpec, provenance: Provenance | None
 ) -> EncodedImage:
-    frames_FHWC = take_frames(block, frames_dir)
-    if len(frames_FHWC) != 1 or output.format == "mp4":
-        raise GenerationFailed(f"{len(frames_FHWC)} frames for a {output.format} file: a picture is one frame.")
-    picture_HWC = fit(frames_FHWC[0], output.width, output.height)
-    if output.original is not None and output.mask is not None:
-        picture_HWC = keep_outside(picture_HWC, Path(output.original), Path(output.mask))
+    with frames_of(block, frames_dir) as frames_FHWC:
+        if len(frames_FHWC) != 1 or output.format == "mp4":
+            raise GenerationFailed(f"{len(frames_FHWC)} frames for a {output.format} file: a picture is one frame.")
+        picture_HWC = fit(frames_FHWC[0], output.width, output.height)
+        if output.original is not None and output.mask is not None:
+            picture_HWC = keep_outside(picture_HWC, Path(output.original), Path(output.mask))
+        data = encode_image(picture_HWC, output.format, output.compression, provenance)
     return EncodedImage(
-        data=encode_image(picture_HWC, output.format, output.compression, provenance),
+        data=data,
         content_type=FILE_TYPES[output.format].content_type,
         width=output.width,
         height=output.height,
@@ -143,7 +144,14 @@ def _encode_picture(
 def _encode_clip(
     sound: SoundBlock | None, block: FrameBlock, frames_dir: Path, output: OutputSpec, provenance: Provenance | None
 ) -> EncodedClip:
-    frames_FHWC = take_frames(block, frames_dir)
+    with frames_of(block, frames_dir) as frames_FHWC:
+        heard = None if sound is None else take_sound(sound, frames_dir)
+        return _clip_of(frames_FHWC, heard, output, provenance)
+
+
+def _clip_of(
+    frames_FHWC: Frames, heard: Sound | None, output: OutputSpec, provenance: Provenance | None
+) -> EncodedClip:
     if output.format != "mp4" or output.fps is None or frames_FHWC.shape[3] != 3:
         raise GenerationFailed(
             f"frames of shape {frames_FHWC.shape} for a {output.format} file at {output.fps} frames a second: "
@@ -155,7 +163,6 @@ def _encode_clip(
         frames_FHWC = frames_FHWC[1:]
     drawn = (fit(frame_HWC, output.width, output.height) for frame_HWC in frames_FHWC)
     frames = drawn if earlier_FHWC is None else chain(earlier_FHWC, drawn)
-    heard = None if sound is None else take_sound(sound, frames_dir)
     if earlier_FHWC is not None:
         # The first frame that was drawn is the last one of what comes before.
         heard = continued(_earlier_sound(output), heard, (len(earlier_FHWC) - 1) / output.fps)

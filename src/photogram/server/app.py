@@ -52,14 +52,15 @@ def create_app(
     """Return the application over what it needs; building it starts nothing."""
     resolver = Resolver(config=config)
     tally = RequestTally()
+    # Looked through in this order: those that are asked for most come first.
     routes = [
+        *image_routes(config, service, loras, store, storage, resolver, intake),
+        *video_routes(config, service, loras, store, storage, media, resolver, clip_sources),
         *page_routes(config, describe_api),
         *probe_routes(engine, lambda: service.is_draining),
         *metrics_routes(config, Metrics(engine, service, tally), keys),
         *model_routes(engine, loras, config.model_path, int(time.time()), lambda: service.num_jobs),
         *file_routes(config, uploads),
-        *image_routes(config, service, loras, store, storage, resolver, intake),
-        *video_routes(config, service, loras, store, storage, media, resolver, clip_sources),
         *lora_routes(service, loras, keys),
     ]
     open_paths = OPEN_PATHS | {METRICS_PATH} if config.open_metrics else OPEN_PATHS

@@ -21,17 +21,17 @@ from ..core.messages import Failed, Finished, FrameBlock, Preview, Progress, Sou
 from ..core.request import OutputSpec
 from ..engine import Engine
 from ..jobs.inputs import InputFolders
-from ..jobs.record import IllegalTransition, JobState
+from ..jobs.record import FINISHED, IllegalTransition, JobState
+from ..jobs.recovery import result_key
 from ..jobs.store import JobStore
 from ..media.image_file import FILE_TYPES
 from ..media.provenance import Provenance, describe
-from ..storage import Storage, file_key
+from ..storage import Storage
 from .live import LiveJob, Partial, job_error, made
 from .tallies import JobTally
 
 log = logging.getLogger(__name__)
 
-VIDEO_TYPE = "video/mp4"
 _PREVIEW_COMPRESSION = 50
 # Pauses before a row that could not be written is tried again.
 _WRITE_AGAIN_S = (0.2, 1.0, 5.0, 20.0)
@@ -114,22 +114,30 @@ class Attendant:
 
     async def _card_for(self, job: LiveJob) -> ModelCard:
         """Return the served model's card, once it is loaded, when it is the one that the job was accepted for."""
-        ready = asyncio.ensure_future(self._engine.wait_ready())
-        halted = asyncio.ensure_future(job.halted.wait())
-        try:
-            await asyncio.wait({ready, halted}, return_when=asyncio.FIRST_COMPLETED)
+        card = self._engine.card
+        if card is None:
+            card = await self._loaded_card(job)
+        else:
             self._go_on(job)
-            card = ready.result()
-        except ConfigError as error:
-            raise _Postponed from error
-        finally:
-            ready.cancel()
-            halted.cancel()
         if job.record.served_model not in (None, card.name):
             wanted = job.record.served_model
             log.warning("job %s waits for a server of '%s'; this one serves '%s'", job.job_id, wanted, card.name)
             raise _Postponed
         return card
+
+    async def _loaded_card(self, job: LiveJob) -> ModelCard:
+        """Wait for the model, unless the job is halted before."""
+        ready = asyncio.ensure_future(self._engine.wait_ready())
+        halted = asyncio.ensure_future(job.halted.wait())
+        try:
+            await asyncio.wait({ready, halted}, return_when=asyncio.FIRST_COMPLETED)
+            self._go_on(job)
+            return ready.result()
+        except ConfigError as error:
+            raise _Postponed from error
+        finally:
+            ready.cancel()
+            halted.cancel()
 
     def _go_on(self, job: LiveJob) -> None:
         if job.is_unwanted:
@@ -190,8 +198,7 @@ class Attendant:
         """Encode and store the result, and complete the row."""
         request, output = job.record.request, job.record.output
         job.stages.enter("file", time.monotonic())
-        suffix, content_type = _file_type(output)
-        key = file_key(job.job_id, suffix)
+        key, content_type = result_key(job.record), FILE_TYPES[output.format].content_type
         try:
             if job.is_unwanted:
                 raise _Unwanted
@@ -294,16 +301,22 @@ class Attendant:
     ) -> None:
         """Write and tell a job's new state.
 
-        A job that outlives its client does not fail because the store does for some seconds, and an end is tried
-        until the server itself ends; `trouble` is told meanwhile. Raises _Unwanted when somebody else has ended the
-        job, StorageFailed.
+        Of a job that does not outlive its client only the end is written: wherever it stands, the next server would
+        fail it. One that outlives its client does not fail because the store does for some seconds, and an end is
+        tried until the server itself ends; `trouble` is told meanwhile. Raises _Unwanted when somebody else has ended
+        the job, StorageFailed.
         """
+        skipping = not job.record.outlives_client
+        if skipping and to not in FINISHED:
+            job.pass_through(to, known)
+            return
+        known = job.unwritten | known
         pauses = iter(_WRITE_AGAIN_S)
         tries = 0
         while True:
             tries += 1
             try:
-                record = await self._store.move(job.job_id, to, **known)
+                record = await self._store.move(job.job_id, to, skipping=skipping, **known)
             except IllegalTransition as error:
                 # A commit of which we heard that it failed may have been made all the same.
                 if tries == 1 or error.state != to:
@@ -325,10 +338,11 @@ class Attendant:
 
     async def _remove_file(self, job: LiveJob) -> None:
         """Remove a file that was stored but is no result. What is left after a failure goes at the next start."""
-        if job.record.file_key is None:
+        key = job.record.file_key or job.unwritten.get("file_key")
+        if key is None:
             return
         try:
-            await self._storage.delete(job.record.file_key)
+            await self._storage.delete(key)
             await self._store.forget_file(job.job_id)
         except NotFound:
             pass
@@ -367,14 +381,6 @@ class Attendant:
 
 def _deleted(job: LiveJob) -> NotFound:
     return NotFound(f"'{job.job_id}' was deleted.", code=f"{job.record.kind}_not_found")
-
-
-def _file_type(output: OutputSpec) -> tuple[str, str]:
-    """Return the suffix and the content type of a job's file."""
-    if output.format == "mp4":
-        return "mp4", VIDEO_TYPE
-    file_type = FILE_TYPES[output.format]
-    return file_type.suffix, file_type.content_type
 
 
 def _preview_output(output: OutputSpec) -> OutputSpec:

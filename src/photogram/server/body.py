@@ -14,7 +14,7 @@ from types import TracebackType
 from urllib.parse import parse_qsl
 
 import msgspec
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 
 from ..core.errors import RequestError, ServiceError, TooLarge
 from ..core.request import JSONValue
@@ -167,23 +167,22 @@ def _refuse_announced(request: Request, limit: int) -> None:
 async def _chunks(request: Request, limits: BodyLimits, limit: int) -> AsyncIterator[bytes]:
     """Yield the body, at most `limit` bytes of it."""
     received = 0
-    stream = request.stream()
+    more = True
     began = time.monotonic()
-    while True:
+    while more:
         # The longest gap, and the slowest rate: one byte at a time would else last for ever.
         left_s = limits.chunk_gap_s + received / limits.bytes_per_s - (time.monotonic() - began)
         try:
             async with asyncio.timeout(min(limits.chunk_gap_s, left_s)):
-                chunk = await anext(stream)
-        except StopAsyncIteration:
-            return
+                message = await request.receive()
         except TimeoutError:
             raise SlowBody(
                 f"The body came too slowly: nothing for {limits.chunk_gap_s:g} s, or less than "
                 f"{limits.bytes_per_s:g} bytes a second."
             ) from None
-        except ClientDisconnect:
-            raise RequestError("The client went away while sending the body.") from None
+        if message["type"] == "http.disconnect":
+            raise RequestError("The client went away while sending the body.")
+        chunk, more = message.get("body", b""), message.get("more_body", False)
         received += len(chunk)
         if received > limit:
             raise TooLarge(f"The body exceeds {limit} bytes.")

@@ -6,8 +6,8 @@ Pure ASGI. Knows nothing of what the routes do.
 from __future__ import annotations
 
 import logging
+import random
 import re
-import secrets
 import time
 from collections.abc import Set
 
@@ -45,6 +45,7 @@ class Border:
         self._keys = keys
         self._open_paths = open_paths
         self._tally = tally
+        self._random = random.Random()  # ids of requests tell them apart, and guard nothing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -52,7 +53,7 @@ class Border:
             return
         began = time.perf_counter()
         headers = Headers(scope=scope)
-        request_id = _request_id(headers)
+        request_id = self._request_id(headers)
         status: int | None = None
 
         async def send_marked(message: Message) -> None:
@@ -82,6 +83,10 @@ class Border:
         finally:
             self._tally.ended(_pattern_of(scope), scope["method"], status, time.perf_counter() - began)
 
+    def _request_id(self, headers: Headers) -> str:
+        given = headers.get("x-request-id", "")
+        return given if _SANE_REQUEST_ID.fullmatch(given) else f"req_{self._random.getrandbits(96):024x}"
+
 
 def _pattern_of(scope: Scope) -> str:
     """Return the pattern of the route that a request was answered by, without what the client put into it."""
@@ -90,8 +95,3 @@ def _pattern_of(scope: Scope) -> str:
     if isinstance(route, Route) and route.methods is not None and scope["method"] in route.methods:
         return route.path_format
     return NO_ROUTE
-
-
-def _request_id(headers: Headers) -> str:
-    given = headers.get("x-request-id", "")
-    return given if _SANE_REQUEST_ID.fullmatch(given) else f"req_{secrets.token_hex(12)}"

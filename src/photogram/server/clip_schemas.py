@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from typing import Literal
 
 import msgspec
@@ -28,6 +29,7 @@ _OTHERWISE = {
 }
 
 
+@cache
 def clip_fields(max_steps: int) -> tuple[Field, ...]:
     """Every field of `POST /v1/videos` that means something here, without those that carry pictures and clips."""
     shared = {field.name: field for field in image_fields(max_steps)}

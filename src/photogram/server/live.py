@@ -7,16 +7,18 @@ them owns the job. Lives on the event loop.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 
 from ..core.errors import JOB_ERRORS, GenerationFailed, ServiceError
 from ..core.messages import Failed, Finished, JobEvent, Progress
 from ..core.stage_clock import StageClock
-from ..jobs.record import JobRecord
+from ..jobs.record import JobRecord, JobState
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +95,7 @@ class LiveJob:
         self.stages = StageClock()  # the worker's phases, what comes before them, and the making of the file
         self.stages.enter("queued", began)
         self.num_previews = 0
+        self.unwritten: dict[str, Any] = {}  # by column, of a job whose row says nothing between its two ends
         self.is_unwanted = False
         self.is_deleted = False
         self.halted = asyncio.Event()
@@ -128,6 +131,15 @@ class LiveJob:
     def move(self, record: JobRecord) -> None:
         self.record = record
         self.tell(Moved(record=record))
+
+    def pass_through(self, to: JobState, known: Mapping[str, Any]) -> None:
+        """Be in a state that is not written, with what became known, which its row is told with its end."""
+        self.unwritten.update(known)
+        changes = dict(known)
+        if to == "running":
+            self.unwritten["started_at"] = changes["started_at"] = time.time()
+            changes["attempts"] = self.record.attempts + 1
+        self.move(msgspec.structs.replace(self.record, state=to, **changes))
 
     def tell(self, outcome: Outcome | ServiceError) -> None:
         for follower in list(self._followers):

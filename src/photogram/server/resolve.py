@@ -6,9 +6,10 @@ open. Knows nothing of HTTP, of queues or of files.
 
 from __future__ import annotations
 
-import secrets
+import random
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import msgspec
@@ -92,7 +93,7 @@ class Resolver:
 
     config: ServeConfig
     new_id: Callable[[str], str] = new_id
-    draw_seed: Callable[[], int] = lambda: secrets.randbelow(_DRAWN_SEEDS)
+    draw_seed: Callable[[], int] = field(default_factory=lambda: partial(random.Random().randrange, _DRAWN_SEEDS))
 
     def images(
         self,

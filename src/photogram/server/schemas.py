@@ -6,6 +6,7 @@ The wire's names are OpenAI's. Absent facts are left out of an answer, never nul
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any, Literal
 
 import msgspec
@@ -25,6 +26,7 @@ ECHOED_QUALITIES = frozenset({"low", "medium", "high", "xhigh", "max"})
 """The only values of `quality` that OpenAI's types allow in an answer."""
 
 
+@cache
 def image_fields(max_steps: int) -> tuple[Field, ...]:
     """Every field of `POST /v1/images/generations` that means something here."""
     return (

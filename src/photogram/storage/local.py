@@ -11,6 +11,7 @@ import os
 import secrets
 import shutil
 from collections.abc import AsyncIterator
+from itertools import count
 from pathlib import Path
 from typing import IO, BinaryIO
 
@@ -27,6 +28,7 @@ class LocalStorage:
     def __init__(self, root: Path) -> None:
         """Make the folder if need be and remove what a crash left half-written. Raises ConfigError."""
         self._root = root
+        self._numbers = count()
         # Beside the files and not in /tmp: only inside one filesystem is a rename a single step.
         self._partial = root / ".partial"
         try:
@@ -99,7 +101,7 @@ class LocalStorage:
 
     def _put(self, path: Path, data: bytes | IO[bytes]) -> None:
         # Two writers of one key must not share a partial file.
-        partial = self._partial / f"{path.name}.{secrets.token_hex(4)}"
+        partial = self._partial / f"{path.name}.{next(self._numbers)}"
         try:
             written = partial
             try:

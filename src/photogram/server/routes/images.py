@@ -43,6 +43,8 @@ from ..schemas import (
 from ..service import Service
 from . import CLIENT_GONE, with_and_without_v1
 
+# Base64 of so many takes long enough to be felt by others.
+_FELT_BYTES = 256 << 10
 _VARIANT = Field(name="variant", kind="int", low=0, high=MAX_IMAGES - 1, help="Which picture of the request.")
 
 
@@ -103,9 +105,12 @@ def image_routes(
         if made is None:
             return Response(status_code=CLIENT_GONE)
         warnings = dict.fromkeys((*call.warnings, *(text for one in made for text in one.warnings)))
-        # Base64 of ten large pictures takes long enough to be felt by others.
         urls = await _urls(call, made, config, storage) if call.response_format == "url" else None
-        data = await asyncio.to_thread(msgspec.json.encode, _answer(call, made, urls))
+        body = _answer(call, made, urls)
+        if urls is None and sum(len(one.data) for one in made) > _FELT_BYTES:
+            data = await asyncio.to_thread(msgspec.json.encode, body)
+        else:
+            data = msgspec.json.encode(body)
         return Response(data, headers=_headers(ignored, warnings), media_type="application/json")
 
     async def content(request: Request) -> Response:
