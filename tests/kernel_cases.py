@@ -207,3 +207,40 @@ def gate_case(draw: st.DrawFn) -> GateCase:
         kind=draw(st.sampled_from(["silu", "gelu", "gelu_tanh"])),
         halves=draw(st.booleans()),
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizationCase:
+    seed: int
+    rows: int
+    width: int
+    dtype: torch.dtype
+    has_empty_row: bool
+    is_strided: bool
+
+    def check(self, device: torch.device) -> None:
+        from photogram.worker.tuning.kernels import quantize as kernels
+
+        generator = torch.Generator("cpu").manual_seed(self.seed)
+        x = torch.randn((self.rows, 2 * self.width), generator=generator).to(device, self.dtype)
+        x = x[:, : self.width] if self.is_strided else x[:, : self.width].contiguous()
+        if self.has_empty_row:
+            x[0] = 0
+        rows, scales = kernels.quantize_rows(x)
+        expected, expected_scales = reference.quantize_rows(x)
+        assert (rows.dtype, rows.shape) == (expected.dtype, expected.shape)
+        torch.testing.assert_close(scales, expected_scales, rtol=1e-6, atol=0)
+        # A step of e4m3, which has three bits after the point, as the interpreter cuts off what a GPU rounds.
+        torch.testing.assert_close(rows.float() * scales, x.float(), rtol=2**-3, atol=float(scales.max()) * 2**-9)
+
+
+@st.composite
+def quantization_case(draw: st.DrawFn) -> QuantizationCase:
+    return QuantizationCase(
+        seed=draw(st.integers(0, 2**20)),
+        rows=draw(st.integers(1, 9)),
+        width=draw(st.sampled_from([16, 48, 64, 1536, 3072])),
+        dtype=draw(DTYPES),
+        has_empty_row=draw(st.booleans()),
+        is_strided=draw(st.booleans()),
+    )

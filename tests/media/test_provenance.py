@@ -148,7 +148,8 @@ def test_a_request_is_described_by_what_makes_it_again():
         device="cpu",
         device_name="cpu",
     )
-    made = describe(request, OutputSpec(width=1280, height=720, format="png", compression=75), card)
+    output = OutputSpec(width=1280, height=720, format="png", compression=75)
+    made = describe(request, output, card)
     assert (made.size, made.generated_size) == ("1280x720", "1280x736")
     assert (made.prompt, made.seed, made.steps, made.guidance_scale) == ("a cat", 7, 4, 1.0)
     assert (made.model, made.revision) == ("m", "r")
@@ -158,6 +159,8 @@ def test_a_request_is_described_by_what_makes_it_again():
         card,
     )
     assert again == made
+    assert made.quality_mode == "exact"
+    assert describe(msgspec.structs.replace(request, quality_mode="fast"), output, card).quality_mode == "fast"
 
 
 def test_bytes_that_are_no_picture_are_refused_and_foreign_pictures_say_nothing():

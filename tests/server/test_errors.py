@@ -69,6 +69,7 @@ def assert_our_shape(answer: httpx.Response, status: int, param: str | None = No
         ({"extra_body": {"output-quality": "best"}}, "output-quality"),
         ({"response_format": "xml"}, "response_format"),
         ({"quality": "ultra"}, "quality"),
+        ({"extra_body": {"quality_mode": "lossless"}}, "quality_mode"),
         ({"background": "transparent", "output_format": "jpeg"}, "background"),
         ({"stream": True, "partial_images": 4}, "partial_images"),
         ({"model": "m" * 600}, "model"),

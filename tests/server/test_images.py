@@ -11,6 +11,8 @@ import msgspec
 import pytest
 from PIL import Image
 
+from photogram.media.provenance import read_provenance
+
 from .fake_engine import image_card, video_card
 
 URL = "/v1/images/generations"
@@ -34,6 +36,15 @@ def test_sdk_gets_a_picture_that_passes_strict_validation(server):
     assert answer.usage.input_tokens == 3
     assert answer.usage.total_tokens == answer.usage.input_tokens + answer.usage.output_tokens
     assert answer._request_id.startswith("req_")
+
+
+def test_a_picture_in_a_lossy_mode_says_so_and_so_does_its_file(server):
+    body = {"quality_mode": "high", "steps": 30}
+    answer = server.client().images.generate(prompt="a red cube", extra_body=body)
+    assert answer.quality_mode == "high"
+    assert read_provenance(base64.b64decode(answer.data[0].b64_json)).quality_mode == "high"
+    exact = server.client().images.generate(prompt="a red cube", extra_body=body | {"quality_mode": "exact"})
+    assert "quality_mode" not in exact.model_dump()
 
 
 def test_async_sdk_gets_a_picture(server):

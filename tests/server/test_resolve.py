@@ -371,6 +371,23 @@ def test_deterministic_by_request_or_by_flag():
     assert not resolved().drawings[0].request.deterministic
 
 
+def test_quality_mode_by_request_or_by_flag():
+    def mode_of(config=CONFIG, **body):
+        return resolved(config=config, **body).drawings[0].request.quality_mode
+
+    fast = ServeConfig(quality_mode="fast")
+    assert (mode_of(), mode_of(quality_mode="high"), mode_of(quality_mode="HIGH")) == ("exact", "high", "high")
+    assert (mode_of(fast), mode_of(fast, quality_mode="exact")) == ("fast", "exact")
+
+
+def test_a_mode_that_can_leave_nothing_out_of_so_few_steps_says_so():
+    assert resolved(quality_mode="fast", steps=30).warnings == ()
+    [said] = resolved(quality_mode="fast", steps=4).warnings
+    assert "4 steps" in said
+    # A server's default is nobody's wish.
+    assert resolved(config=ServeConfig(quality_mode="fast"), steps=4).warnings == ()
+
+
 def test_null_means_absent():
     nothing = {name: None for name in NAMES if name != "prompt"}
     first, second = resolved(**nothing).drawings[0], resolved().drawings[0]

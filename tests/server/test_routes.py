@@ -161,3 +161,10 @@ def test_every_reference_in_the_description_resolves(server):
     text = server.get("/openapi.json").text
     schemas = server.get("/openapi.json").json()["components"]["schemas"]
     assert set(re.findall(r'"#/components/schemas/(\w+)"', text)) <= set(schemas)
+
+
+def test_what_each_quality_mode_does_is_told(server):
+    modes = server.get("/v1/models").json()["data"][0]["quality_modes"]
+    assert list(modes) == ["exact", "high", "fast"]
+    assert "forecast" in modes["fast"]
+    assert "forecast" not in modes["exact"]

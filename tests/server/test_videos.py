@@ -26,7 +26,8 @@ from .test_webhooks import receiver
 EVERYTHING = ("TI2V", "T2V", "I2V", "V2V")
 FIELDS = {
     "id", "object", "model", "status", "progress", "created_at", "completed_at", "expires_at", "prompt", "size",
-    "seconds", "remixed_from_video_id", "error", "seed", "fps", "num_frames", "generated_size", "eta_s", "warnings",
+    "seconds", "remixed_from_video_id", "error", "seed", "fps", "num_frames", "generated_size", "quality_mode",
+    "eta_s", "warnings",
 }  # fmt: skip
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*Sora API.*:DeprecationWarning")
@@ -128,6 +129,14 @@ def test_a_clip_is_queued_at_once_and_completed_later(server):
     data = content(server, video["id"])
     assert frames_of(data).shape == (5, 48, 64, 3)
     assert (read_provenance(data).seed, read_provenance(data).num_frames) == (7, 5)
+
+
+def test_a_clip_in_a_lossy_mode_says_so_and_so_does_its_file(server):
+    video = create(server, quality_mode="fast", num_inference_steps=30)
+    assert (video["quality_mode"], video["warnings"]) == ("fast", [])
+    done = finished(server, video["id"])
+    assert done["quality_mode"] == read_provenance(content(server, video["id"])).quality_mode == "fast"
+    assert create(server)["quality_mode"] == "exact"
 
 
 def test_a_form_says_the_same_as_json(server):

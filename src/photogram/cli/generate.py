@@ -56,6 +56,7 @@ REQUEST_FIELDS = (
     ("guidance-scale", "X", "how strongly the prompt steers; default: the model's"),
     ("seed", "N", "start of the random numbers; default: a random one, which is printed"),
     ("n", "N", "how many pictures; the i-th has the seed plus i"),
+    ("quality-mode", "WORD", "exact, or lossy and faster: high, fast"),
     ("output-quality", "WORD", "maximum, high, medium, low or default; PNG is always lossless"),
     ("output-compression", "N", "0 smallest file to 100 best quality; wins over --output-quality"),
 )

@@ -18,7 +18,7 @@ import msgspec
 
 from .errors import ConfigError
 from .parallel import Degrees, resolve_degrees
-from .request import MAX_LORA_STRENGTH
+from .request import MAX_LORA_STRENGTH, QualityMode
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 StepCache = Literal["none", "first-block"]
@@ -89,6 +89,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     prompt_cache_bytes: int
     lora_cache_bytes: int
     lora_file_bytes: int
+    fp8_linears: bool
     step_cache: StepCache
     step_cache_threshold: float
     deterministic: bool
@@ -211,6 +212,13 @@ class ServeConfig:
     deterministic: bool = setting(False, "run every job's calls alone: same bytes at any load")
     prompt_cache_mb: int = setting(512, "memory for encoded prompts, MB; 0 turns it off")
     lora_cache_mb: int = setting(4096, "memory for loaded LoRAs, MB; those in use are kept beyond it")
+    quality_mode: QualityMode = setting(
+        "exact",
+        "of requests that name none: exact, or lossy and faster: high or fast; GET /v1/models says what they do",
+    )
+    fp8_linears: bool = setting(
+        False, "copy the denoiser's linear layers to fp8, for requests in quality_mode fast (lossy): half as much again"
+    )
     step_cache: StepCache = setting("none", "skip denoiser work between similar steps (lossy): none or first-block")
     step_cache_threshold: float = setting(0.05, "relative change under which a step is skipped")
     strict_model: bool = setting(False, "answer 404 for any model name but the served one")
@@ -254,6 +262,8 @@ class ServeConfig:
         for name in ("compile", "cuda_graphs", "fused_kernels"):
             if getattr(self, name):
                 self._check_blocks_stand(f"--{name.replace('_', '-')}")
+        if self.fp8_linears:
+            self._check_layers_stand("--fp8-linears")
         if self.tp_size != 1:
             raise ConfigError(
                 f"--tp-size {self.tp_size}: must be 1, as the text encoder is on the first device alone "
@@ -275,6 +285,14 @@ class ServeConfig:
             raise ConfigError(f"{flag}: not with --dit-layerwise-offload.")
         if self.step_cache != "none":
             raise ConfigError(f"{flag}: not with --step-cache {self.step_cache}.")
+
+    def _check_layers_stand(self, flag: str) -> None:
+        """What has a second way to compute may be neither split, nor away, nor bound to one of the two."""
+        if self.degrees.world_size > 1:
+            raise ConfigError(f"{flag}: not with --num-gpus {self.num_gpus}.")
+        for name in ("dit_cpu_offload", "dit_layerwise_offload", "compile", "fused_kernels"):
+            if getattr(self, name):
+                raise ConfigError(f"{flag}: not with --{name.replace('_', '-')}.")
 
     def _check_loras(self) -> None:
         num = len(self.lora_path)
@@ -351,6 +369,7 @@ class ServeConfig:
             prompt_cache_bytes=self.prompt_cache_mb * 1_000_000,
             lora_cache_bytes=self.lora_cache_mb * 1_000_000,
             lora_file_bytes=self.max_lora_mb * 1_000_000,
+            fp8_linears=self.fp8_linears,
             step_cache=self.step_cache,
             step_cache_threshold=self.step_cache_threshold,
             deterministic=self.deterministic,

@@ -12,6 +12,7 @@ import msgspec
 Task = Literal["T2I", "I2I", "TI2I", "T2V", "I2V", "TI2V", "V2V"]
 LoraTarget = Literal["all", "transformer", "transformer_2", "critic"]
 ImageFormat = Literal["png", "jpeg", "webp"]
+QualityMode = Literal["exact", "high", "fast"]
 MAX_LORA_STRENGTH = 10.0
 """Either way; what lies beyond is a slip of the hand, and noise."""
 JSONValue = Any
@@ -36,8 +37,8 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     itself, in the order of the request; `video` is the path of a clip as uint8 RGB frames in a NumPy file of shape
     (F, H, W, C), and `mask` of an 8-bit grey picture, 255 where the first image is to be drawn anew. `strength` is
     how far the result may go from the given image or clip, 0 to 1. `loras` is what the job was submitted under, in
-    the order of merging. `extra` holds further keyword arguments of the pipeline's call, already
-    checked against the card's `parameters`.
+    the order of merging. `quality_mode` names what of the denoiser's work may be left out (`core/quality_mode`).
+    `extra` holds further keyword arguments of the pipeline's call, already checked against the card's `parameters`.
     """
 
     job_id: str
@@ -57,6 +58,7 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     mask: str | None = None
     strength: float | None = None
     loras: tuple[LoraUse, ...] = ()
+    quality_mode: QualityMode = "exact"
     extra: dict[str, JSONValue] = {}
     partial_images: int = 0
     deterministic: bool = False

@@ -19,7 +19,7 @@ from PIL import Image
 from .. import __version__
 from ..core.card import ModelCard
 from ..core.errors import RequestError
-from ..core.request import GenerateRequest, LoraTarget, OutputSpec
+from ..core.request import GenerateRequest, LoraTarget, OutputSpec, QualityMode
 
 _SOFTWARE, _DESCRIPTION, _USER_COMMENT, _EXIF_IFD = 0x0131, 0x010E, 0x9286, 0x8769
 _JPEG_SEGMENT_BYTES = 65533
@@ -52,6 +52,7 @@ class Provenance(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     fps: int | None = None
     model: str
     revision: str | None = None
+    quality_mode: QualityMode = "exact"
     loras: tuple[UsedLora, ...] = ()
     software: str = f"photogram {__version__}"
     shortened: bool = False
@@ -76,6 +77,7 @@ def describe(request: GenerateRequest, output: OutputSpec, card: ModelCard) -> P
         fps=request.fps if output.format == "mp4" else None,
         model=card.name,
         revision=card.revision,
+        quality_mode=request.quality_mode,
         loras=used_loras(request),
     )
 

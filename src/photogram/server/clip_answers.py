@@ -84,6 +84,7 @@ class VideoAnswers:
             fps=fps,
             num_frames=num_frames,
             generated_size=f"{request.width}x{request.height}",
+            quality_mode=request.quality_mode,
             eta_s=None if progress is None or record.is_finished else progress.eta_s,
             warnings=(*record.facts.get("warnings", ()), *record.warnings),
         )

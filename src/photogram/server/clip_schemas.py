@@ -8,6 +8,7 @@ from typing import Literal
 
 import msgspec
 
+from ..core.request import QualityMode
 from ..net.address import AllowedHosts, parse_url
 from .fields import Field, Values
 from .schemas import image_fields
@@ -19,8 +20,8 @@ MAX_PREVIEWS = 3
 
 _AS_FOR_PICTURES = (
     "model", "size", "width", "height", "negative_prompt", "seed", "num_inference_steps", "guidance_scale",
-    "true_cfg_scale", "quality", "output_quality", "output_compression", "priority", "loras", "deterministic",
-    "task_type",
+    "true_cfg_scale", "quality", "quality_mode", "output_quality", "output_compression", "priority", "loras",
+    "deterministic", "task_type",
 )  # fmt: skip
 _OTHERWISE = {
     "negative_prompt": "What the clip shall not show.",
@@ -114,6 +115,7 @@ class Video(msgspec.Struct, frozen=True, kw_only=True):
     fps: int
     num_frames: int
     generated_size: str
+    quality_mode: QualityMode
     eta_s: float | None
     warnings: tuple[str, ...] = ()
 

@@ -17,7 +17,8 @@ import msgspec
 from ..core.card import ModelCard
 from ..core.config import ServeConfig
 from ..core.errors import NotFound, RequestError
-from ..core.request import GenerateRequest, ImageFormat, JSONValue, OutputSpec, Task
+from ..core.quality_mode import RECIPES
+from ..core.request import GenerateRequest, ImageFormat, JSONValue, OutputSpec, QualityMode, Task
 from ..jobs.record import new_id
 from ..media.image_file import check_side
 from ..media.quality import resolve_quality
@@ -35,6 +36,7 @@ from .sizes import Size, asked_size, check_size, drawn_size
 
 ResponseFormat = Literal["b64_json", "url"]
 _FORMATS: dict[str, ImageFormat] = {"png": "png", "jpeg": "jpeg", "jpg": "jpeg", "webp": "webp"}
+_MODES: dict[str, QualityMode] = {mode: mode for mode in RECIPES}
 # Below 2**32, so that a drawn seed survives every client's JSON and can be typed.
 _DRAWN_SEEDS = 2**32
 REDRAW_STRENGTH = 0.7
@@ -127,7 +129,9 @@ class Resolver:
         check_side(format, size.width, size.height)
         extra = self._extra(body, values, card, ignored)
         negative_prompt, guidance_scale = _conditioning(values, card, extra, ignored)
-        warnings = (*_background(values, format), *loras.warnings)
+        steps = self._steps(values, card)
+        quality_mode, mode_warnings = self._quality_mode(values, steps)
+        warnings = (*_background(values, format), *mode_warnings)
         template = GenerateRequest(
             job_id="",
             owner=owner,
@@ -139,7 +143,7 @@ class Resolver:
             # A model of clips draws a picture as a clip of one frame.
             num_frames=1 if card.media == "video" else None,
             fps=card.default_fps if card.media == "video" else None,
-            num_inference_steps=self._steps(values, card),
+            num_inference_steps=steps,
             guidance_scale=guidance_scale,
             seed=0,
             images=() if inputs is None else tuple(map(str, inputs.paths)),
@@ -150,6 +154,7 @@ class Resolver:
                 else edit_strength(values, card, inputs, ignored)
             ),
             loras=loras.uses,
+            quality_mode=quality_mode,
             extra=extra,
             partial_images=_only_on_a_stream(values, stream, ignored),
             deterministic=values.flag("deterministic") or self.config.deterministic,
@@ -207,6 +212,8 @@ class Resolver:
         if start != "redraw" and strength is not None:
             ignored.append("strength")
         seed = values.int("seed")
+        steps = self._steps(values, card)
+        quality_mode, mode_warnings = self._quality_mode(values, steps)
         request = GenerateRequest(
             job_id=self.new_id("video"),
             owner=owner,
@@ -217,13 +224,14 @@ class Resolver:
             height=drawn.height,
             num_frames=length.drawn,
             fps=length.fps,
-            num_inference_steps=self._steps(values, card),
+            num_inference_steps=steps,
             guidance_scale=guidance_scale,
             seed=self.draw_seed() if seed is None else seed,
             images=(str(beginning.picture),) if beginning is not None and start != "redraw" else (),
             video=str(beginning.clip) if beginning is not None and start == "redraw" else None,
             strength=(REDRAW_STRENGTH if strength is None else strength) if start == "redraw" else None,
             loras=loras.uses,
+            quality_mode=quality_mode,
             extra=extra,
             partial_images=values.int("partial_images") or 0,
             deterministic=values.flag("deterministic") or self.config.deterministic,
@@ -246,7 +254,7 @@ class Resolver:
             webhook_url=webhook_url(values, AllowedHosts.parse(self.config.allow_url_host)),
             remixed_from=None if beginning is None else beginning.video_id,
             ignored=tuple(ignored),
-            warnings=(*warnings, *loras.warnings),
+            warnings=(*warnings, *mode_warnings, *loras.warnings),
         )
 
     def _clip_size(self, values: Values, card: ModelCard, beginning: Beginning | None) -> tuple[Size, tuple[str, ...]]:
@@ -288,6 +296,15 @@ class Resolver:
         if steps is None:
             steps = card.quality_steps.get(values.text("quality") or "auto", card.default_steps)
         return min(steps, self.config.max_steps)
+
+    def _quality_mode(self, values: Values, steps: int) -> tuple[QualityMode, tuple[str, ...]]:
+        """Return how much of the denoiser's work may be left out, and what is to be said of it."""
+        asked = values.text("quality_mode")
+        mode = self.config.quality_mode if asked is None else _MODES[asked]
+        recipe = RECIPES[mode]
+        if asked is None or recipe is None or recipe.most_forecasts(steps):
+            return mode, ()
+        return mode, (f"quality_mode '{mode}': of {steps} steps none can be forecast from others.",)
 
     def _extra(
         self, body: Mapping[str, JSONValue], values: Values, card: ModelCard, ignored: list[str]

@@ -22,6 +22,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from ..core.card import ModelCard
 from ..core.config import ServeConfig, parse_keep, webhook_key
 from ..core.errors import ConfigError, EngineLost, RequestError
+from ..core.quality_mode import describe_mode
 from ..engine import Engine
 from .answers import json_answer
 from .connection import Connection
@@ -70,6 +71,9 @@ async def serve(
     host: _Host | None = None
     try:
         await _until_started(server, listening)
+        log.info(
+            "quality mode of requests that name none: %s (%s)", config.quality_mode, describe_mode(config.quality_mode)
+        )
         if on_listening is not None:
             on_listening(url_of(listener))
         host = await _Host.build(config, make_engine)

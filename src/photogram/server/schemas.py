@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from ..core.request import ImageFormat
+from ..core.request import ImageFormat, QualityMode
 from ..media.provenance import UsedLora
 from .fields import MAX_INT, MAX_TEXT, Field
 from .lora_fields import LORAS_FIELD
@@ -75,6 +75,13 @@ def image_fields(max_steps: int) -> tuple[Field, ...]:
             help="The pipeline's argument of that name, else the same as guidance_scale.",
         ),
         Field(name="quality", kind="word", words=QUALITY_WORDS, help="Maps to steps where the model defines it."),
+        Field(
+            name="quality_mode",
+            kind="word",
+            words=("exact", "high", "fast"),
+            help="exact runs every call of the model; high and fast leave calls out, which shows a little, or more. "
+            "Default: --quality-mode.",
+        ),
         Field(
             name="response_format",
             kind="word",
@@ -172,6 +179,7 @@ class ImagesAnswer(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True
     output_format: ImageFormat
     quality: str | None = None
     size: str
+    quality_mode: QualityMode = "exact"
     loras: tuple[UsedLora, ...] = ()
     usage: Usage
 
@@ -201,6 +209,7 @@ class CompletedImage(msgspec.Struct, frozen=True, kw_only=True):
     id: str
     seed: int
     generated_size: str
+    quality_mode: QualityMode
     loras: tuple[UsedLora, ...] = ()
     warnings: tuple[str, ...] = ()
 
@@ -283,6 +292,7 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
     dit_precision: str | None
     vae_precision: str | None
     supports_lora: bool
+    quality_modes: dict[QualityMode, str]  # what each does
     media: str
     default_size: str
     default_steps: int

@@ -40,6 +40,7 @@ class Call:
     remembered: bool = True  # whether an answer from memory will do
     loras: Segments = ()  # of its rows; set when the call is suspended or stacked
     exact: bool = False  # always with merged weights
+    in_fp8: bool = False  # as far as the module has layers for it
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +56,11 @@ class Fiber(greenlet):
     Created, resumed and closed by the worker's loop only, which is its parent.
     """
 
-    def __init__(self, main: Callable[[], Any], loras: JobLoras) -> None:
+    def __init__(self, main: Callable[[], Any], loras: JobLoras, *, in_fp8: bool = False) -> None:
         super().__init__(run=main)
         self.cache_context: tuple[str, Mapping[str, Any]] | None = None
         self._loras = loras
+        self.in_fp8 = in_fp8
 
     @staticmethod
     def current() -> Fiber | None:
@@ -86,6 +88,7 @@ class Fiber(greenlet):
         """Hand `call` to the loop and wait for its result. Called inside the fiber."""
         call.cache_context = self.cache_context
         call.loras, call.exact = ((self._loras.of(call.module.name), 1),), self._loras.exact
+        call.in_fp8 = self.in_fp8 and call.module.fp8 is not None
         call.autocast = _leave_autocast()
         try:
             return self.parent.switch(call)

@@ -149,6 +149,7 @@ class Foresight:
             autocast=second.autocast,
             loras=now.loras,
             exact=now.exact,
+            in_fp8=now.in_fp8,
         )
 
     def keep(self, foretold: Call, answer: Any) -> None:

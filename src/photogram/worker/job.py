@@ -9,10 +9,12 @@ from typing import Any
 import torch
 
 from ..core.messages import Phase
+from ..core.quality_mode import RECIPES
 from ..core.request import GenerateRequest
 from ..core.stage_clock import StageClock
 from .arguments import strength_of
 from .digest import DigestMemo
+from .fast.shortcuts import Shortcuts
 from .fibers import Call, Fiber
 from .guidance import Foresight, kind_of
 from .latent_source import read_source
@@ -65,6 +67,8 @@ class Job:
         self.largest_batch = 1
         self.num_previews = 0
         self.foresight = Foresight(served.habits, kind_of(request))
+        recipe = RECIPES[request.quality_mode]
+        self.shortcuts = Shortcuts(recipe)
         self.answers = Answers() if request.partial_images else None
         self.route = served.route(request)
         self.in_two_stages = served.in_two_stages(request)
@@ -72,7 +76,7 @@ class Job:
         later_steps = REFINING_STEPS if self.in_two_stages else 0
         self.expected_steps = request.num_inference_steps + later_steps
         self.watch = SolverWatch(self.stage.pipeline, num_estimates=request.partial_images, later_steps=later_steps)
-        self.fiber = Fiber(self._run, loras)
+        self.fiber = Fiber(self._run, loras, in_fp8=recipe is not None and recipe.in_fp8)
 
     @property
     def job_id(self) -> str:
@@ -103,6 +107,7 @@ class Job:
         self.stage = second_stage(self.route, self.request, self.stage, latents, sound)
         self.watch.follow(self.stage.pipeline)
         self.foresight = Foresight(self.stage.served.habits, ("refining", kind_of(self.request)))
+        self.shortcuts = Shortcuts(None)  # of so few steps none can be left out
         for module in self.stage.served.modules.values():
             module.forget(self.job_id)
         if self.answers is not None:

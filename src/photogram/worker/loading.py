@@ -24,7 +24,7 @@ from diffusers.pipelines.ltx2 import LTX2LatentUpsamplePipeline
 from diffusers.pipelines.ltx2.latent_upsampler import LTX2LatentUpsamplerModel
 
 from ..core.card import ModelCard
-from ..core.config import Precisions, WorkerConfig
+from ..core.config import Placement, Precisions, WorkerConfig
 from ..core.errors import ConfigError
 from ..core.footprint import Room
 from ..core.host_memory import available_memory_bytes
@@ -37,6 +37,7 @@ from ..models.memory_report import plan_of
 from ..models.sizes import is_denoiser, precision_of
 from ..models.two_stages import TWO_STAGES, UPSAMPLER, has_upsampler
 from ..models.uses import Route, Use, pipelines_by_use, route
+from .fast.fp8 import Fp8Linears
 from .guidance import Habits
 from .long_prompts import read_in_chunks, reads_in_chunks
 from .lora.conversion import lora_modules
@@ -284,6 +285,8 @@ def prepare(
         group.take_over(modules, decodes=decodes)
         if tuned.graphs is not None and config.degrees.sequence > 1:
             logger.info("calls of the denoiser run without CUDA graphs: in their middle devices wait for each other")
+    if config.fp8_linears:
+        card = msgspec.structs.replace(card, tuning=(*card.tuning, *_copy_to_fp8(modules, config.placement, device)))
     visitors = offload(modules, config.placement, device)
     runs_alone = any(changes_its_denoiser(type(one)) for one in by_use.values())
     for one in {id(one): one for one in by_use.values()}.values():
@@ -304,6 +307,23 @@ def prepare(
         upsample=upsample,
         run_both=group.run_both if group is not None and config.degrees.cfg > 1 else None,
     )
+
+
+def _copy_to_fp8(modules: Mapping[str, BigModule], placement: Placement, device: torch.device) -> list[str]:
+    """Lay copies in fp8 beside the weights of the denoisers' linear layers, and say so in a line for each.
+
+    Raises ConfigError where a denoiser is not on the device for good.
+    """
+    done: list[str] = []
+    for name, module in modules.items():
+        if module.is_denoiser:
+            if is_offloaded(name, placement):
+                raise ConfigError(f"--fp8-linears: there is no room to keep '{name}' on {device}.")
+            module.fp8 = Fp8Linears(module.module, device)
+            size = f"{module.fp8.num_bytes / 1e9:.2f} GB more"
+            done.append(f"{name}: {module.fp8.num_layers} linear layers also in fp8, {size}")
+            logger.info("%s", done[-1])
+    return done
 
 
 def device_name(device: torch.device) -> str:

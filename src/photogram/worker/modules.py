@@ -19,6 +19,7 @@ from diffusers.models.cache_utils import CacheMixin
 
 from ..models.sizes import is_denoiser
 from ..models.two_stages import UPSAMPLER
+from .fast.fp8 import Fp8Linears
 from .fibers import Call, Fiber
 from .lora.serving import ModuleServing
 from .tuning.graphs import Graphs
@@ -48,6 +49,7 @@ class BigModule:
         self.graphs: Graphs | None = None  # where its calls may be replayed
         self.modulations: ModulationTable | None = None  # where its modulation is looked up
         self.leaves_padding = False  # whether prompts are encoded without it
+        self.fp8: Fp8Linears | None = None  # where it can compute in fp8
         self.forget_elsewhere: Callable[[str], None] | None = None  # tells other ranks whose step caches to drop
         self.around_calls: Callable[[], AbstractContextManager[object]] = nullcontext
         first = next(module.parameters(), None)
@@ -75,6 +77,9 @@ class BigModule:
             stack.enter_context(self.around_calls())
             if self.loras is not None:
                 stack.enter_context(self.loras.applied(call.loras, exact=call.exact))
+            if self.fp8 is not None and call.in_fp8:
+                merged = () if self.loras is None else self.loras.weights.merged.key
+                stack.enter_context(self.fp8.applied(merged))
             if call.autocast is not None:
                 stack.enter_context(torch.autocast(call.autocast.device_type, dtype=call.autocast.dtype))
             if self.caches_steps and call.cache_context is not None:
@@ -98,7 +103,8 @@ class BigModule:
     def _is_plain(self, call: Call) -> bool:
         """Say whether the call runs nothing but the network's own code and weights as they are."""
         mixes = self.loras is not None and self.loras.unmerged(call.loras)
-        return call.method == "forward" and call.autocast is None and not mixes and not self.caches_steps
+        changes = mixes or call.in_fp8 or self.caches_steps
+        return call.method == "forward" and call.autocast is None and not changes
 
     def _in_own_precision(self, call: Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The call's arguments, in a VAE's precision where it is one.

@@ -102,7 +102,7 @@ class Passes:
             return [result]
         undivided = job.call.module.run(job.call, job.job_id)
         difference = distance(result, undivided)
-        fits = difference <= tolerance(undivided)
+        fits = difference <= tolerance(undivided, in_fp8=job.call.in_fp8)
         self._divisible[part.binding.outline] = fits
         log = logger.info if fits else logger.warning
         log(

@@ -10,8 +10,8 @@ from .prompt_cache import PromptCache, readable
 
 
 class Recall:
-    """Answers calls from the prompt cache, from what a job's solver skips, and, where it `foresees`, from what was run
-    before the job has asked for it."""
+    """Answers calls from the prompt cache, from what a job's solver skips or its quality mode leaves out, and, where it
+    `foresees`, from what was run before the job has asked for it."""
 
     def __init__(self, prompt_cache: PromptCache, *, foresees: bool) -> None:
         self._prompt_cache = prompt_cache
@@ -21,7 +21,10 @@ class Recall:
         """Return whether a call that the job has just made need not be run, and its answer. Once for each call."""
         if call.module.is_denoiser:
             known, answer = job.watch.skipped_answer()
-            return (known, answer) if known else self._foreseen(job, call)
+            if known:
+                return True, answer
+            known, answer = job.shortcuts.answer(call, job.watch.moment)
+            return (True, _noted_for_replay(job, call, answer)) if known else self._foreseen(job, call)
         if call.module.phase(call.method) != "encode":
             return False, None
         key = self._prompt_cache.key(call)
@@ -34,6 +37,7 @@ class Recall:
         """Note an answer where it may be wanted again, and return it as the fiber is to have it."""
         if call.module.is_denoiser:
             job.watch.note_answer(answer)
+            job.shortcuts.note(call, job.watch.moment, answer)
         if call.module.phase(call.method) == "encode":
             key = self._prompt_cache.key(call)
             if key is not None:
@@ -48,7 +52,7 @@ class Recall:
         job.to_remember.clear()
 
     def _foreseen(self, job: Job, call: Call) -> tuple[bool, Any]:
-        if not self._foresees or call.method != "forward":
+        if not self._foresees or call.method != "forward" or job.shortcuts.leaves_out_guidance(job.watch.moment):
             return False, None
         job.foresight.note(call, job.watch.position)
         answer = job.foresight.answer(call)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SchedulerMixin
 
+from .fast.shortcuts import Moment
 from .latent_source import LatentSource
 
 
@@ -30,6 +33,7 @@ class SolverWatch:
         self._index = 0  # of the next timestep
         self._begin = 0
         self._noise: torch.Tensor | None = None
+        self._times: Sequence[float] | None = ()  # of the steps that are drawn; None where they do not fall
         self._answers: list[Any] = []  # of the denoiser in the first step, where that one is skipped
         self._num_given = 0
         self.follow(pipeline)
@@ -45,6 +49,14 @@ class SolverWatch:
     def position(self) -> int:
         """How often the solver was called, skipped steps included: calls at one position belong to one step."""
         return self._index
+
+    @property
+    def moment(self) -> Moment | None:
+        """Which step is under way; None where that is not known, or where it is one that is skipped."""
+        if self._times is None or self.steps_done >= len(self._times) > 0:
+            return None
+        may_be_skipped = self.source is not None and self.source.strength is not None and self._index == 0
+        return None if may_be_skipped or self._index < self._begin else Moment(self.steps_done, self._times)
 
     def _step(self, *args: Any, **kwargs: Any) -> Any:
         if self._index == 0:
@@ -85,8 +97,10 @@ class SolverWatch:
         if self.source is not None:
             self._begin = self.source.first_step(self._solver)
             self._noise = sample / _initial_scale(self._solver)
-        steps = len(self._solver.timesteps) - _position(self._solver, timestep) - self._begin
-        self.num_steps = steps + self._later_steps
+        times = self._solver.timesteps[_position(self._solver, timestep) + self._begin :].tolist()
+        # Solvers that ask twice at one time count that as two steps.
+        self._times = times if all(before > after for before, after in pairwise(times)) else None
+        self.num_steps = len(times) + self._later_steps
         self._wanted = spread(self.num_steps, self._num_estimates)
 
     def _skip(self, as_dict: bool) -> Any:

@@ -129,7 +129,7 @@ class Stacker:
             return results
         alone = [call.module.run(call, owner) for call, owner in zip(calls, owners, strict=True)]
         worst = max(distance(result, reference) for result, reference in zip(results, alone, strict=True))
-        if not worst <= tolerance(alone[0]):
+        if not worst <= tolerance(alone[0], in_fp8=calls[0].in_fp8):
             if mixed:
                 raise NotMixable(None, f"with a LoRA each they differ by {worst:.2g}")
             self._layouts[outline] = None
@@ -170,6 +170,7 @@ def joined(calls: Sequence[Call], prepared: Sequence[Stackable]) -> Call:
         kwargs=_spread(first, stacked),
         autocast=first.autocast,
         loras=tuple((call.loras[0][0], count) for call, count in zip(calls, num_rows, strict=True)),
+        in_fp8=first.in_fp8,
     )
 
 
@@ -190,6 +191,7 @@ def divided(call: Call, prepared: Stackable) -> tuple[Call, Call]:
             kwargs=_spread(call, part),
             autocast=call.autocast,
             loras=tuple((loras, count) for loras, _ in call.loras),
+            in_fp8=call.in_fp8,
         )
         for part, count in zip(parts, num_rows, strict=True)
     )
@@ -202,8 +204,10 @@ def _mixed_layers(calls: Sequence[Call]) -> frozenset[str]:
     return frozenset() if loras is None else loras.unmerged([call.loras[0] for call in calls])
 
 
-def tolerance(result: Any) -> float:
+def tolerance(result: Any, *, in_fp8: bool) -> float:
     """Return how far a stacked result may be from the same call alone, relative to its size."""
+    if in_fp8:
+        return LOW_PRECISION_TOLERANCE
     while not isinstance(result, torch.Tensor):
         result = next(iter(result.values())) if isinstance(result, dict) else result[0]
     return TOLERANCE.get(result.dtype, LOW_PRECISION_TOLERANCE)
@@ -223,6 +227,7 @@ def bind(call: Call) -> Binding:
     outline = (
         type(call.module.module).__qualname__,
         call.method,
+        call.in_fp8,
         tuple((name, structure(value)) for name, value in arguments.items()),
     )
     return Binding(outline=outline, arguments=arguments, padded=padded, text_mask=mask)

@@ -265,13 +265,14 @@ class Worker:
         try:
             outcome = advance()
             self._recall.remember(job)
+            self._make_preview(job)
             while isinstance(outcome, Call):
                 known, answer = self._recall.answer(job, outcome)
                 if not known:
                     break
                 outcome = job.fiber.resume(answer)
+                self._make_preview(job)  # several steps may go by here
             self._recall.remember(job)
-            self._make_preview(job)
         except Exception as error:
             lost = device_error(error, self.served.device)
             if isinstance(lost, DeviceLost):
@@ -370,8 +371,9 @@ class Worker:
         job.stages.enter(None, now)
         self._scheduler.finished(job.job_id, now)
         self._end(job)
+        left_out = job.shortcuts.num_answered
         logger.info(
-            "%s done: %d steps in %.2f s (%s), %d of %d calls shared, largest batch %d",
+            "%s done: %d steps in %.2f s (%s), %d of %d calls shared, largest batch %d%s",
             job.job_id,
             job.watch.steps_done,
             run_s,
@@ -379,6 +381,7 @@ class Worker:
             job.calls_shared,
             job.calls_run,
             job.largest_batch,
+            f", {job.request.quality_mode}: {left_out} calls left out" if left_out else "",
         )
         self._emit(
             Finished(
@@ -426,13 +429,14 @@ class Worker:
 def _job_kind(job: Job) -> str:
     """What changes the price of a job's steps beside its size."""
     guided = "guided" if (job.request.guidance_scale or 0) > 1 else "plain"
-    return f"{job.request.task} {guided}{' in two stages' if job.in_two_stages else ''}"
+    stages = " in two stages" if job.in_two_stages else ""
+    return f"{job.request.task} {guided} {job.request.quality_mode}{stages}"
 
 
 def _kind(call: Call, request: GenerateRequest) -> str:
     """What costs the same time and memory: the same method at the same size."""
     frames = f"x{request.num_frames}" if request.num_frames else ""
-    return f"{call.module.name}.{call.method} {request.width}x{request.height}{frames}"
+    return f"{call.module.name}.{call.method} {request.width}x{request.height}{frames}{' fp8' if call.in_fp8 else ''}"
 
 
 def run_until_idle(worker: Worker) -> None:

@@ -163,6 +163,7 @@ def _answer(call: ImagesCall, made: list[Made], urls: list[str] | None) -> Image
         output_format=call.format,
         quality=call.echoed_quality,
         size=str(call.size),
+        quality_mode=call.drawings[0].request.quality_mode,
         loras=used_loras(call.drawings[0].request),
         usage=_usage(made),
     )
@@ -228,6 +229,7 @@ async def _events(call: ImagesCall, group: Group) -> AsyncGenerator[bytes, None]
                     id=outcome.image_id,
                     seed=outcome.seed,
                     generated_size=outcome.generated_size,
+                    quality_mode=call.drawings[0].request.quality_mode,
                     loras=used_loras(call.drawings[0].request),
                     warnings=outcome.warnings,
                 )

@@ -12,6 +12,7 @@ from starlette.routing import Route
 from ... import __version__
 from ...core.card import ModelCard
 from ...core.errors import NotFound
+from ...core.quality_mode import RECIPES, describe_mode
 from ...engine import Engine
 from ..answers import json_answer
 from ..loras import Loras
@@ -110,6 +111,7 @@ def model_of(card: ModelCard, created: int) -> Model:
         default_guidance_scale=card.default_guidance,
         takes_negative_prompt=card.takes_negative_prompt,
         takes_guidance_scale=card.takes_guidance,
+        quality_modes={mode: describe_mode(mode) for mode in RECIPES},
         parameters=dict(card.parameters),
         tuning=list(card.tuning),
         **asdict(facts),

@@ -94,6 +94,13 @@ def linear_gelu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> to
     return result.view(*x.shape[:-1], -1)
 
 
+def quantize_rows(x_MK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Not for compiled code."""
+    if can_fuse(x_MK.device):
+        return importlib.import_module(".quantize", __package__).quantize_rows(x_MK)
+    return reference.quantize_rows(x_MK)
+
+
 def _chains(name: str) -> ModuleType:
     """Return the module that launches Triton's kernels or, to be compiled, the operators that do."""
     if torch.compiler.is_compiling():

@@ -12,6 +12,10 @@ import torch
 import torch.nn.functional as F
 
 Activation = Literal["silu", "gelu", "gelu_tanh"]
+FP8_MAX = 448.0
+"""The largest number of e4m3."""
+SMALLEST_ROW = 1e-12
+"""What a row's largest value counts as at least, so that a row of zeros has a scale."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +101,14 @@ def gated(x_SD: torch.Tensor, value_SD: torch.Tensor, kind: Activation) -> torch
 def linear_gelu(x_SD: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """Return the tanh form of GELU of a linear layer."""
     return F.gelu(F.linear(x_SD, weight, bias), approximate="tanh")
+
+
+def quantize_rows(x_MK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return rows (M, K) in e4m3, each over its largest absolute value, and the scales (M, 1) in fp32 to take back."""
+    x = x_MK.float()
+    scales = x.abs().amax(-1, keepdim=True).clamp_min(SMALLEST_ROW) / FP8_MAX
+    # A quotient may be rounded to more than the largest number, which in e4m3 is none.
+    return (x / scales).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), scales
 
 
 def _sum(x_BSD: torch.Tensor, branch_BSD: torch.Tensor, gate_BD: torch.Tensor | None) -> torch.Tensor:

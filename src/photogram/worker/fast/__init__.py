@@ -1,0 +1,1 @@
+"""Lossy ways to spend less on a picture, each off unless a request or a setting asks for it."""
