@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 import torch
 
 from families import FAMILIES
 from photogram.core.request import GenerateRequest
+from photogram.worker.parallel.decoding import LEAST_ROWS, _Bands
 
 from .drawing import Studio, relative_error
 from .in_process import in_process
@@ -95,6 +97,30 @@ def test_jobs_without_guidance_are_divided_between_the_groups(family_folder, tmp
     one, two = on_one_and_more("wan-2.1", family_folder, tmp_path, [jobs], num_gpus=2, cfg_parallel=2)
     for job_id, latents in one[0].latents.items():
         assert relative_error(two[0].latents[job_id], latents) < TOLERANCE
+
+
+def draw_frames(folder: Path, scratch: Path, job: GenerateRequest, settings: dict[str, Any]) -> tuple[np.ndarray, int]:
+    """Draw one job; return its frames and how often the leader took a band of what is decoded."""
+    torch.set_num_threads(1)
+    cut, bands = _Bands.cut, []
+
+    def noting(self: _Bands, whole: torch.Tensor) -> torch.Tensor:
+        bands.append(cut(self, whole))
+        return bands[-1]
+
+    _Bands.cut = noting
+    return Studio(folder, scratch, **settings).draw([job])[job.job_id].frames, len(bands)
+
+
+def test_a_large_picture_is_decoded_by_the_devices_of_both_halves(family_folder, tmp_path):
+    folder, first = family_folder("qwen-image"), guided("qwen-image")[0]
+    large = msgspec.structs.replace(first, width=8 * LEAST_ROWS * 2, height=32, num_inference_steps=2)
+    (one, not_cut), (two, cut) = (
+        in_process(draw_frames, folder, tmp_path, large, settings)
+        for settings in ({}, {"num_gpus": 2, "cfg_parallel": 2})
+    )
+    assert (not_cut, cut) == (0, 1)
+    assert np.abs(two.astype(int) - one).max() <= 1  # of 255
 
 
 LAYOUTS = {

@@ -9,6 +9,7 @@ import torch
 
 from photogram.core.config import ServeConfig
 from photogram.core.errors import ConfigError
+from photogram.core.footprint import Room
 from photogram.core.parallel import Degrees, resolve_degrees
 from photogram.models.checkpoint import Checkpoint, find_checkpoint
 from photogram.models.guided import halves_of
@@ -207,12 +208,19 @@ def test_requests_are_admitted_by_the_devices_that_share_a_sequence(family_folde
     folder = family_folder("wan-2.1")
     monkeypatch.setattr(loading, "total_memory_of", lambda device: 10_000_000_000)
 
-    def room(**flags: int) -> int:
-        config = ServeConfig(model_path=str(folder), **flags).worker(Path("frames"))
-        return loading.plan_memory_of(found(folder), config, torch.device("cpu"))[1].denoise_bytes
+    def shares(**flags: int) -> tuple[float, float]:
+        """What may be needed to denoise and to decode, over what may be on one device."""
 
-    assert room(num_gpus=2, cfg_parallel=2) == room()
-    assert room(num_gpus=2, ulysses_degree=2) == room(num_gpus=4, cfg_parallel=2, ulysses_degree=2) == 2 * room()
+        def room(**flags: int) -> Room:
+            config = ServeConfig(model_path=str(folder), **flags).worker(Path("frames"))
+            return loading.plan_memory_of(found(folder), config, torch.device("cpu"))[1]
+
+        one, more = room(), room(**flags)
+        return more.denoise_bytes / one.denoise_bytes, more.decode_bytes / one.decode_bytes
+
+    assert shares(num_gpus=2, ulysses_degree=2) == (2, 2)
+    assert shares(num_gpus=2, cfg_parallel=2) == (1, 2)
+    assert shares(num_gpus=4, cfg_parallel=2, ulysses_degree=2) == (2, 4)
 
 
 def test_the_text_encoder_is_on_one_device_whatever_is_asked_for():

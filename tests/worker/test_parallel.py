@@ -1,12 +1,16 @@
 """A denoiser split over several ranks gives what it gives on one."""
 
 import pytest
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, SD3Transformer2DModel
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 
 from families.quiet import quiet
 from photogram.core.errors import ConfigError
 from photogram.core.parallel import Degrees, resolve_degrees
+from photogram.worker.parallel.attention import Shares
 from photogram.worker.parallel.decoding import can_split
+from photogram.worker.parallel.sharding import shard
+from photogram.worker.tuning.compiling import compile_repeated
 
 from .in_process import on_ranks
 from .ranks import attention_differences, denoiser_differences
@@ -63,6 +67,18 @@ def test_fused_and_compiled_blocks_over_two_ranks_give_what_one_gives(name, tune
     ranks = on_ranks(denoiser_differences, 2, "cpu", tmp_path / "meeting", [family_folder(name)], [tuned])
     assert set(ranks[0]) == {f"{name} {layout} {tuned}" for layout in ("2x1", "1x2")}
     assert {name: error for name, error in ranks[0].items() if not error < TOLERANCE} == {}
+
+
+def test_a_block_of_two_attentions_that_do_not_wait_for_each_other_is_not_compiled(monkeypatch):
+    monkeypatch.setattr(_AttentionBackendRegistry, "_backends", dict(_AttentionBackendRegistry._backends))
+    denoiser = SD3Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, num_layers=3, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=16, caption_projection_dim=16, pooled_projection_dim=16, out_channels=4,
+        pos_embed_max_size=8, dual_attention_layers=(0,),
+    )  # fmt: skip
+    compile_repeated(denoiser)
+    shard(denoiser, Shares(mesh=None, lengths=None))
+    assert [block._compiled_call_impl is not None for block in denoiser.transformer_blocks] == [False, True, True]
 
 
 def test_a_picture_or_clip_decoded_in_bands_is_what_one_rank_decodes(family_folder, tmp_path):

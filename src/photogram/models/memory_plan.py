@@ -60,12 +60,12 @@ class MemoryPlan:
     def fits(self) -> bool:
         return max(self.peaks.values()) <= self.usable_bytes
 
-    def room(self, footprint: Footprint, memory_bytes: int, *, share: int = 1) -> Room:
-        """Return what `memory_bytes` leave for work beside the weights, on each of `share` devices that divide it."""
+    def room(self, footprint: Footprint, memory_bytes: int, *, denoise_share: int = 1, decode_share: int = 1) -> Room:
+        """Return what `memory_bytes` leave for work beside the weights, on each of the devices that share it."""
         return Room(
             footprint=footprint,
-            denoise_bytes=share * max(0, memory_bytes - self.weights["denoise"]),
-            decode_bytes=share * max(0, memory_bytes - self.weights["decode"]),
+            denoise_bytes=denoise_share * max(0, memory_bytes - self.weights["denoise"]),
+            decode_bytes=decode_share * max(0, memory_bytes - self.weights["decode"]),
         )
 
 

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 _MAX_CALLS = 4
 # Encoded prompts are some megabytes, on the device; a second call with more of its own is not worth keeping.
 _MAX_KINDS = 8
-_MAX_KEPT_BYTES = 64_000_000
+_MAX_KEPT_BYTES = 16_000_000
 
 
 def kind_of(request: GenerateRequest) -> Hashable:
@@ -106,7 +106,6 @@ class Foresight:
         if position != self._position:
             self._wronged()  # the second call did not come at all
             self._last, self._calls, self._position = self._calls, [], position
-            self._foretold = self._answer = None
         if len(self._calls) < _MAX_CALLS:
             self._calls.append(call)
 

@@ -173,9 +173,12 @@ def plan_memory_of(checkpoint: Checkpoint, config: WorkerConfig, device: torch.d
         logger.info("memory: %s", line)
     if not found.plan.fits:
         logger.warning("%s may run out of memory on %s; loading it all the same", checkpoint.name, device)
-    # Devices that share a sequence have each a part of its tokens and, where the VAE is split, of the pixels; the two
-    # halves of guidance have whole ones.
-    room = found.plan.room(found.footprint, total_memory_of(device), share=config.degrees.sequence)
+    # Devices that share a sequence have each a part of its tokens, and the halves of guidance whole ones; where the VAE
+    # is split, all have a part of the pixels.
+    degrees = config.degrees
+    room = found.plan.room(
+        found.footprint, total_memory_of(device), denoise_share=degrees.sequence, decode_share=degrees.world_size
+    )
     return msgspec.structs.replace(config, placement=found.plan.placement), room
 
 
@@ -221,7 +224,7 @@ def load_for_follower(
 
 def _splits_vae(vae: torch.nn.Module | None, config: WorkerConfig) -> bool:
     """Say whether all ranks decode, each its part. One that waits in host memory stays the leader's."""
-    if vae is None or not config.split_vae or config.degrees.sequence == 1:
+    if vae is None or not config.split_vae or config.degrees.world_size == 1:
         return False
     return not config.placement.vae_cpu_offload and can_split(vae)
 

@@ -10,6 +10,7 @@ import logging
 import socket
 import sys
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -35,6 +36,14 @@ from .step_cache import agree
 logger = logging.getLogger("photogram.worker.follower")
 
 
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """Those that a call is run with, and what is known of their shares."""
+
+    mesh: Mesh
+    lengths: Lengths
+
+
 def main(arguments: list[str]) -> int:
     """Follow the leader at the descriptor given; return the exit code."""
     end_with_parent()
@@ -48,18 +57,18 @@ def main(arguments: list[str]) -> int:
         share_cores(first.degrees.world_size * first.config.num_replicas)
     with torch.inference_mode():
         mesh = join(first.degrees, first.rank, device, Path(first.meeting_file))
-        lengths = Lengths(mesh)
+        of_group, of_all = Ranks(mesh, Lengths(mesh)), Ranks(mesh.of_all, Lengths(mesh.of_all))
         try:
             denoisers, vae = load_for_follower(first.config, device)
             modules = denoisers if vae is None else denoisers | {"vae": vae}
             tuned = tune(modules, frozenset(denoisers), first.config.tuning, device, is_alone=False)
             if mesh.size > 1:
-                shares = Shares(mesh, lengths)
+                shares = Shares(mesh, of_group.lengths)
                 for denoiser in denoisers.values():
                     shard(denoiser, shares)
-                    agree(denoiser, mesh, lengths)
+                    agree(denoiser, mesh, of_group.lengths)
             if vae is not None:
-                split_decoder(vae, mesh, lengths)
+                split_decoder(vae, of_all.mesh, of_all.lengths)
         except (ConfigError, RuntimeError) as error:
             link.send(Loaded(str(error)))
             return 2
@@ -73,17 +82,18 @@ def main(arguments: list[str]) -> int:
                     forget_step_caches(modules[name], owner)
                 case RunCall():
                     with tuned.attention.around_calls():
-                        outcome, tensors = _run(order, modules, mesh, lengths, tuned.graphs)
+                        outcome, tensors = _run(order, modules, of_all if order.by_all else of_group, tuned.graphs)
                     link.send(outcome)
                     send_to_leader(tensors, mesh)
     return 0
 
 
 def _run(
-    order: RunCall, modules: dict[str, torch.nn.Module], mesh: Mesh, lengths: Lengths, graphs: Graphs | None
+    order: RunCall, modules: dict[str, torch.nn.Module], ranks: Ranks, graphs: Graphs | None
 ) -> tuple[Outcome, list[torch.Tensor]]:
     """Run this rank's share of a call; return what to say of it and the tensors that go with that."""
     tensors: list[torch.Tensor] = []
+    mesh, lengths = ranks.mesh, ranks.lengths
     arguments: dict[str, Any] = receive(order.arguments, mesh)
     try:
         with ExitStack() as stack:

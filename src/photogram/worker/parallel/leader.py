@@ -74,10 +74,12 @@ class Group:
         self._device = device
         self._folder = tempfile.TemporaryDirectory(prefix="photogram-ranks-")
         self._mesh: Mesh | None = None
-        self._lengths: Lengths | None = None
+        self._lengths: Lengths | None = None  # of the leader's CFG group
+        self._all_lengths: Lengths | None = None
         self._number = 0
         self._denoisers: Mapping[str, torch.nn.Module] = {}
-        self._pending: set[int] = set()  # calls whose end the leader has not seen yet
+        # Who runs each call whose end the leader has not seen yet.
+        self._pending: dict[int, list[_Follower]] = {}
         self._outcomes = threading.Condition()
         first = device.index or 0
         if device.type == "cpu":
@@ -104,7 +106,7 @@ class Group:
         Raises ConfigError when a rank cannot load.
         """
         self._mesh = join(self._degrees, 0, self._device, Path(self._meeting_file))
-        self._lengths = Lengths(self._mesh)
+        self._lengths, self._all_lengths = Lengths(self._mesh), Lengths(self._mesh.of_all)
         self._denoisers = denoisers
         if self._degrees.sequence > 1:
             shares = Shares(self._mesh, self._lengths)
@@ -112,7 +114,7 @@ class Group:
                 shard(denoiser, shares)
                 agree(denoiser, self._mesh, self._lengths)
         if vae is not None:
-            split_decoder(vae, self._mesh, self._lengths)
+            split_decoder(vae, self._mesh.of_all, self._all_lengths)
         for follower in self._followers:
             follower.loaded.wait()
             if follower.load_error is not None:
@@ -123,27 +125,24 @@ class Group:
         )  # fmt: skip
 
     def take_over(self, modules: Mapping[str, BigModule], *, decodes: bool) -> None:
-        """Run every denoiser call and, where the VAE `decodes` on several ranks, its too, with all of the leader's CFG
-        group from now on."""
+        """Run every denoiser call with all of the leader's CFG group and, where the VAE `decodes` on several ranks, its
+        calls with all ranks, from now on."""
         for name, module in modules.items():
             if module.caches_steps:
                 module.forget_elsewhere = partial(self._forget, name)
-        if self._degrees.sequence == 1:
-            return
-        for name, module in modules.items():
-            if module.is_denoiser:
-                module.real["forward"] = partial(self._run, name, "forward", module.real["forward"])
+            if module.is_denoiser and self._degrees.sequence > 1:
+                module.real["forward"] = partial(self._run_sharded, name, module.real["forward"])
         if decodes:
             vae = modules["vae"]
             vae.real["decode"] = partial(self._decode, vae.real["decode"])
 
     def _decode(self, real: Callable[..., Any], z: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Decode latents, on the leader's CFG group where they are large enough for that."""
-        if not pays(z, self._degrees.sequence):
+        """Decode latents, on all ranks where they are large enough for that."""
+        if not pays(z, self._degrees.world_size):
             return real(z, *args, **kwargs)
         # Some pipelines pass their generator, which cannot be sent; of the decoders that are split none draws noise.
         kwargs.pop("generator", None)
-        return self._run("vae", "decode", real, z, *args, **kwargs)
+        return self._run("vae", "decode", real, (z, *args), kwargs, cfg_index=None)
 
     def _forget(self, name: str, owner: str) -> None:
         for follower in self._followers:
@@ -165,26 +164,41 @@ class Group:
 
     # --- calls
 
-    def _run(self, module: str, method: str, real: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Run a network's method on all ranks of the leader's CFG group and return the whole result.
+    def _run_sharded(self, module: str, real: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run a denoiser's call with the leader's CFG group."""
+        return self._run(module, "forward", real, args, kwargs, cfg_index=0)
+
+    def _run(
+        self,
+        module: str,
+        method: str,
+        real: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        cfg_index: int | None,
+    ) -> Any:
+        """Run a network's method on all ranks of the leader's CFG group, or of all groups where `cfg_index` is None;
+        return the whole result.
 
         Raises what it raised, where it failed on every rank; DeviceLost where the ranks differ.
         """
-        assert self._lengths is not None
+        lengths = self._all_lengths if cfg_index is None else self._lengths
+        assert lengths is not None
         device_type = self._device.type
         dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
         context = context_name(self._denoisers[module]) if module in self._denoisers else None
-        order = self._order(0, module, method, {"args": args, "kwargs": kwargs}, dtype, context)
+        order = self._order(cfg_index, module, method, {"args": args, "kwargs": kwargs}, dtype, context)
         try:
-            self._lengths.begin(shape_of(order))
+            lengths.begin(shape_of(order))
             result = real(*args, **kwargs)
-            self._lengths.end()
+            lengths.end()
         except Exception as error:
-            if not self._all_failed(order.number, self._of_group(0)):
+            if not self._all_failed(order.number, self._of_group(cfg_index)):
                 raise DeviceLost(f"a call failed on the leader and not on every rank: {error}") from error
             raise
         finally:
-            self._pending.discard(order.number)
+            self._pending.pop(order.number, None)
         return result
 
     def run_both(self, first: Callable[[], Any], second: Call, owner: str) -> tuple[Any, Any]:
@@ -217,14 +231,15 @@ class Group:
 
     def _order(
         self,
-        cfg_index: int,
+        cfg_index: int | None,
         module: str,
         method: str,
         arguments: Mapping[str, Any],
         autocast: torch.dtype | None,
         cache_context: str | None,
     ) -> RunCall:
-        """Send a call to a CFG group's ranks. Raises TypeError, before any has heard of it, for what cannot be sent."""
+        """Send a call to a CFG group's ranks, or to all (None). Raises TypeError, before any has heard of it, for what
+        cannot be sent."""
         assert self._mesh is not None
         tensors: list[torch.Tensor] = []
         described = outline(arguments, tensors)
@@ -236,12 +251,14 @@ class Group:
             arguments=described,
             autocast=str(autocast).removeprefix("torch.") if autocast is not None else None,
             cache_context=cache_context,
-            answers=cfg_index > 0,
+            by_all=cfg_index is None,
+            answers=bool(cfg_index),
         )
-        self._pending.add(order.number)
-        for follower in self._of_group(cfg_index):
+        members = self._of_group(cfg_index)
+        self._pending[order.number] = members
+        for follower in members:
             follower.link.send(order)
-        send(tensors, self._mesh.to_group[cfg_index])
+        send(tensors, self._mesh.of_all.to_group[0] if cfg_index is None else self._mesh.to_group[cfg_index])
         return order
 
     def _collect(self, number: int) -> Any:
@@ -261,11 +278,11 @@ class Group:
             assert outcome.result is not None
             return receive_from(outcome.result, 1, self._mesh)
         finally:
-            self._pending.discard(number)
+            self._pending.pop(number, None)
 
-    def _of_group(self, cfg_index: int) -> list[_Follower]:
-        """The followers of one CFG group."""
-        return [one for one in self._followers if one.rank // self._degrees.sequence == cfg_index]
+    def _of_group(self, cfg_index: int | None) -> list[_Follower]:
+        """The followers of one CFG group; None: all."""
+        return [one for one in self._followers if cfg_index in (None, one.rank // self._degrees.sequence)]
 
     def _all_failed(self, number: int, members: Sequence[_Follower]) -> bool:
         """Wait for the word of these ranks on a call."""
@@ -305,9 +322,9 @@ class Group:
 
     def _expect_agreement(self, follower: _Follower, outcome: Outcome) -> None:
         """A call failed on one rank a while ago: unless all say so, the others may wait in it for ever."""
-        members = self._of_group(follower.rank // self._degrees.sequence)
+        members = self._pending.get(outcome.number)
         with self._outcomes:
-            agreed = outcome.number not in self._pending or all(self._failed(one, outcome.number) for one in members)
+            agreed = members is None or all(self._failed(one, outcome.number) for one in members)
         if not agreed:
             self._on_lost(f"a call failed on one rank alone: {outcome.error}")
 

@@ -9,7 +9,7 @@ Attention, arXiv:2310.01889); together they are what arXiv:2405.07719 calls unif
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -28,8 +28,8 @@ class Mesh:
     """One rank's place in its CFG group: `rank` and `size` are those of the group, `everyone` its ranks, and `control`
     the same ones on the CPU, whatever the device.
 
-    `world` holds all ranks of all groups; `to_group`, by CFG index, the leader and the ranks of that group: of
-    another's than its own only the leader is a member.
+    `world` holds all ranks of all groups, `world_control` the same on the CPU; `to_group`, by CFG index, the leader and
+    the ranks of that group: of another's than its own only the leader is a member.
     """
 
     degrees: Degrees
@@ -41,7 +41,24 @@ class Mesh:
     ulysses: dist.ProcessGroup
     ring: dist.ProcessGroup
     world: dist.ProcessGroup
+    world_control: dist.ProcessGroup
     to_group: tuple[dist.ProcessGroup, ...]
+
+    @property
+    def of_all(self) -> Mesh:
+        """This rank's place where the ranks of all CFG groups share one piece of work, as a picture's pixels."""
+        if self.degrees.cfg == 1:
+            return self
+        return replace(
+            self,
+            degrees=Degrees(ulysses=self.degrees.world_size),
+            rank=self.first_rank + self.rank,
+            cfg_index=0,
+            everyone=self.world,
+            control=self.world_control,
+            ulysses=self.world,
+            to_group=(self.world,),
+        )
 
     @property
     def size(self) -> int:
@@ -102,6 +119,7 @@ def arrange(degrees: Degrees, rank: int, device: torch.device) -> Mesh:
         layout = [ranks[start : start + degrees.ulysses] for start in range(0, size, degrees.ulysses)]
         ulysses.append([dist.new_group(list(members), timeout=_PATIENCE) for members in layout])
         ring.append([dist.new_group(list(members), timeout=_PATIENCE) for members in zip(*layout, strict=True)])
+    world_control = dist.new_group(backend="gloo", timeout=_PATIENCE)
     place = rank % size
     return Mesh(
         degrees=degrees,
@@ -113,6 +131,7 @@ def arrange(degrees: Degrees, rank: int, device: torch.device) -> Mesh:
         ulysses=ulysses[mine][place // degrees.ulysses],
         ring=ring[mine][place % degrees.ulysses],
         world=world,
+        world_control=world_control,
         to_group=tuple(to_group),
     )
 

@@ -26,7 +26,7 @@ class Join(msgspec.Struct, frozen=True, tag="join"):
 
 
 class RunCall(msgspec.Struct, frozen=True, tag="run"):
-    """Run a network's method with the other ranks of the CFG group; its tensors follow by broadcast."""
+    """Run a network's method with the other ranks of the CFG group, or with all; its tensors follow by broadcast."""
 
     number: int
     module: str
@@ -34,6 +34,7 @@ class RunCall(msgspec.Struct, frozen=True, tag="run"):
     arguments: Outline
     autocast: str | None  # the precision of the leader's autocast, where it has one
     cache_context: str | None = None  # under which a step cache keeps this call's state
+    by_all: bool = False  # whether the ranks of all CFG groups run it together
     answers: bool = False  # whether the first rank of the group sends the result to the leader
 
 

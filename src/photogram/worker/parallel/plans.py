@@ -30,6 +30,9 @@ class Plan:
     """Submodules that hold all of their tokens on every rank, too few to be worth splitting."""
     processors: Mapping[type, Callable[[Shares], Any]] = field(default_factory=dict)
     """Attention that does not go through diffusers' dispatch, by its class, and what takes its place."""
+    unordered: str | None = None
+    """A block's attention that does not depend on its other one. Blocks that have it are not compiled: a compiler would
+    be free to order the two exchanges, and ranks whose shares differ might be compiled to different orders."""
 
 
 class JointAttention:
@@ -141,6 +144,7 @@ OWN_PLANS: Mapping[str, Plan] = {
             "proj_out": _GATHERED,
         },
         processors={JointAttnProcessor2_0: JointAttention},
+        unordered="attn2",
     ),
     "HunyuanVideo15Transformer3DModel": Plan(
         edges={

@@ -48,6 +48,8 @@ def shard(denoiser: torch.nn.Module, shares: Shares) -> None:
     assert plan is not None, type(denoiser).__name__
     _AttentionBackendRegistry._backends[AttentionBackendName.NATIVE] = _attention
     for path, module in denoiser.named_modules():
+        if plan.unordered in dict(module.named_children()):
+            module._compiled_call_impl = None
         if path.split(".")[0] not in plan.whole:
             _split_attention(module, plan, shares)
     for path, entry in plan.edges.items():
