@@ -18,6 +18,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2,
 FUSED = ("wan-2.1", "flux-1", "qwen-image", "flux-2-klein", "z-image")
 COMPILED = ("wan-2.1", "flux-1")
 LAYOUTS = ("1x2", "2x1")
+PATIENCE_S = 500  # kernels are compiled
 
 
 def compare(
@@ -50,7 +51,8 @@ def compare(
 @pytest.fixture(scope="module")
 def differences(family_folder, tmp_path_factory):
     folders = {name: family_folder(name) for name in {*FAMILIES, *DECODED, *FUSED}}
-    return on_ranks(compare, 2, tmp_path_factory.mktemp("ranks") / "meeting", folders)[0]
+    meeting_file = tmp_path_factory.mktemp("ranks") / "meeting"
+    return on_ranks(compare, 2, meeting_file, folders, patience_s=PATIENCE_S)[0]
 
 
 def wrong(found: dict[str, float]) -> dict[str, float]:

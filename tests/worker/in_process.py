@@ -43,7 +43,9 @@ def in_process(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R
         process.join()
 
 
-def on_ranks(function: Callable[Concatenate[int, int, P], R], world: int, *args: P.args) -> list[R]:
+def on_ranks(
+    function: Callable[Concatenate[int, int, P], R], world: int, *args: P.args, patience_s: float = PATIENCE_S
+) -> list[R]:
     """Return what a function of a module's top level, given the rank and `world`, returns on each of `world` ranks.
 
     Raises EOFError once one of them has failed, for which the others would wait; its traceback is on stderr.
@@ -56,11 +58,13 @@ def on_ranks(function: Callable[Concatenate[int, int, P], R], world: int, *args:
         for rank in range(world):
             ours, theirs = context.Pipe(duplex=False)
             with theirs:
-                ranks.append(context.Process(target=_tell, args=(theirs, function, rank, world, *args), daemon=True))
+                ranks.append(
+                    context.Process(target=_tell, args=(theirs, patience_s, function, rank, world, *args), daemon=True)
+                )
                 ranks[-1].start()
             waiting.append(ours)
         while len(answers) < world:
-            ready = multiprocessing.connection.wait(set(waiting) - answers.keys(), PATIENCE_S)
+            ready = multiprocessing.connection.wait(set(waiting) - answers.keys(), patience_s)
             assert ready, f"{world - len(answers)} of the ranks do not end"
             answers |= {end: end.recv() for end in ready}
         return [answers[end] for end in waiting]
@@ -70,14 +74,14 @@ def on_ranks(function: Callable[Concatenate[int, int, P], R], world: int, *args:
             rank.join()
 
 
-def _tell(end: Connection, function: Callable[..., R], *args: object) -> None:
-    _end_in_time()
+def _tell(end: Connection, patience_s: float, function: Callable[..., R], *args: object) -> None:
+    _end_in_time(patience_s)
     end.send(function(*args))
 
 
-def _end_in_time() -> None:
+def _end_in_time(patience_s: float) -> None:
     """Let this process end, and say on stderr where it stood, a little before whoever waits for it gives up."""
-    faulthandler.dump_traceback_later(PATIENCE_S - 10, exit=True)
+    faulthandler.dump_traceback_later(patience_s - 10, exit=True)
 
 
 def warm() -> multiprocessing.context.ForkServerContext:
@@ -91,7 +95,7 @@ def _ending_its_own(
     end: Connection, function: Callable[..., R], args: tuple[object, ...], kwargs: dict[str, object]
 ) -> None:
     """Tell `end` what the function raised, or None, and what it returned."""
-    _end_in_time()
+    _end_in_time(PATIENCE_S)
     if not torch.cuda.is_available():
         leader.start_follower = ForkedFollower
     try:

@@ -261,9 +261,11 @@ def _attention_with_lse(
 
 
 def _takes_cudnn(q_BHSD: torch.Tensor) -> bool:
-    """Say whether a call of torch's attention would try cuDNN's kernels first."""
+    """Say whether a call of torch's attention would try cuDNN's kernels first, and these can do it."""
     order = _cur_sdpa_kernel_backends(with_priority=True)
-    return q_BHSD.dtype in _HALVES and bool(order) and order[0] == SDPBackend.CUDNN_ATTENTION
+    is_first = bool(order) and order[0] == SDPBackend.CUDNN_ATTENTION
+    width = q_BHSD.shape[3]
+    return is_first and q_BHSD.dtype in _HALVES and width % 8 == 0 and width <= 128
 
 
 def _heads_first(x_BSHD: torch.Tensor) -> torch.Tensor:
