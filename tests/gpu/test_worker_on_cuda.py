@@ -12,7 +12,7 @@ from families.ltx2 import add_upsampler
 from photogram.core.config import ServeConfig
 from photogram.core.messages import Vitals
 from photogram.worker.loading import load
-from photogram.worker.worker import Worker
+from photogram.worker.worker import Worker, run_until_idle
 from worker.drawing import Studio, draw_alone, relative_error
 from worker.test_families_served import STACKED_TOLERANCE, requests_of
 from worker.test_two_stages import by_hand, two_stage_requests
@@ -120,8 +120,7 @@ def test_device_time_is_reported_though_passes_are_launched_ahead(family_folder,
         worker = Worker(load(config, lambda stage: None, lambda reason: None), config, messages.append, time.monotonic)
         for request in requests_of("stable-diffusion-xl"):
             worker.submit(request)
-        while worker.turn():
-            pass
+        run_until_idle(worker)
     estimates = [message.eta_s for message in messages if type(message).__name__ == "Progress"]
     assert estimates[-1] is not None
 

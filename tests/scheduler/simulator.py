@@ -19,7 +19,10 @@ START_S = 0.002
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """What one sort of job costs. A pass of n calls takes `call_s * (1 + (n - 1) * marginal)`."""
+    """What one sort of job costs. A pass of n calls takes `call_s * (1 + (n - 1) * marginal)`.
+
+    With `beside` its encoder and its decoder may run beside passes.
+    """
 
     name: str
     size_hint: float
@@ -29,6 +32,8 @@ class Shape:
     decode_s: float = 0.03
     marginal: float = 1.0
     batches: bool = True
+    beside: bool = False
+    has_twin: bool = True
 
 
 @dataclass(kw_only=True)
@@ -75,8 +80,16 @@ class SimJob:
     def call(self) -> PendingCall:
         phase = "encode" if self.place == 0 else "decode" if self.place == self.num_calls - 1 else "denoise"
         kind = f"{self.shape.name}/{phase}"
-        key: Hashable | None = (kind, "key") if self.shape.batches else None
-        return PendingCall(key=key, kind=kind, phase=phase, bytes_per_call=None)
+        may_be_beside = self.shape.beside and phase != "denoise"
+        key: Hashable | None = (kind, "key") if self.shape.batches and not may_be_beside else None
+        return PendingCall(
+            key=key,
+            kind=kind,
+            phase=phase,
+            module=phase,
+            may_be_beside=may_be_beside,
+            has_twin=self.shape.has_twin,
+        )
 
     def call_cost_s(self) -> float:
         phase = self.call().phase
@@ -93,6 +106,7 @@ class Outcome:
     batch_sizes: list[int] = field(default_factory=list)
     # (job, its eta when asked, when it was asked)
     etas: list[tuple[SimJob, float, float]] = field(default_factory=list)
+    num_beside: int = 0
 
     def of(self, name: str) -> list[SimJob]:
         return [job for job in self.jobs if job.shape.name == name and job.finished_at is not None]
@@ -159,7 +173,8 @@ def simulate(
     """Run all jobs to their end (or to `until`) and return what became of them.
 
     Asserts of every plan: its jobs are known, not cancelled and at a call; a batch is of one key and within bounds;
-    no plan is given only if nothing could run.
+    no plan is given only if nothing could run. What runs beside passes shares the device with them, each at half its
+    speed: nothing is gained but that neither waits for the other.
     """
     rng = random.Random(seed)
     by_id = {job.job_id: job for job in jobs}
@@ -172,6 +187,8 @@ def simulate(
     outcome = Outcome(jobs=jobs, ends_at=0.0, busy_s=0.0, service_s={})
     now = 0.0
     num_plans = 0
+    beside: Run | None = None
+    beside_left_s = beside_began_at = 0.0
 
     def catch_up() -> None:
         while arrivals and arrivals[0].arrives_at <= now:
@@ -189,9 +206,35 @@ def simulate(
             elif job.finished_at is None:
                 job.cancelled_at = now
 
+    def carried_out(plan: Plan, members: list[SimJob], seconds: float) -> None:
+        assert scheduler.ran(plan, seconds, now) == ()
+        for job in members:
+            job.service_s += seconds / len(members)
+            outcome.service_s[job.owner] = outcome.service_s.get(job.owner, 0.0) + seconds / len(members)
+            if job.cancelled_at is not None:
+                continue
+            if isinstance(plan, Run):
+                resume(scheduler, job, now)
+            if job.finished_at is None:
+                scheduler.waiting(job.job_id, job.call(), now)
+                at_call.add(job.job_id)
+            else:
+                live.discard(job.job_id)
+
     while until is None or now < until:
         catch_up()
+        if beside is not None and beside_left_s <= 0:
+            ended, beside = beside, None
+            carried_out(ended, [by_id[ended.job_ids[0]]], now - beside_began_at)
         plan = scheduler.next_plan(now)
+        if plan is None and beside is not None:
+            held_up = [by_id[job_id].call() for job_id in at_call]
+            assert all(call.may_be_beside and call.phase == beside.phase and not call.has_twin for call in held_up)
+            passed_s = min(beside_left_s, max(0.0, arrivals[0].arrives_at - now) if arrivals else beside_left_s)
+            now += passed_s
+            outcome.busy_s += passed_s
+            beside_left_s -= passed_s
+            continue
         if plan is None:
             assert not at_call, "no plan although jobs wait at a call"
             assert not (queued and len(live) < max_live_jobs), "no plan although a job could start"
@@ -219,23 +262,21 @@ def simulate(
             seconds = members[0].call_cost_s() * (1 + (len(members) - 1) * marginal)
             seconds *= rng.uniform(1 - noise, 1 + noise)
             outcome.batch_sizes.append(len(members))
-        now += seconds
-        outcome.busy_s += seconds
         at_call.difference_update(job.job_id for job in members)
+        if isinstance(plan, Run) and plan.beside:
+            assert beside is None, "two calls beside the passes"
+            assert members[0].call().may_be_beside
+            beside, beside_left_s, beside_began_at = plan, seconds, now
+            outcome.num_beside += 1
+            continue
+        if beside is not None and isinstance(plan, Run):
+            assert members[0].call().has_twin or members[0].call().phase != beside.phase
+        shared_s = min(seconds, beside_left_s) if beside is not None else 0.0
+        beside_left_s -= shared_s
+        now += seconds + shared_s
+        outcome.busy_s += seconds + shared_s
         catch_up()
-        assert scheduler.ran(plan, seconds, now) == ()
-        for job in members:
-            job.service_s += seconds / len(members)
-            outcome.service_s[job.owner] = outcome.service_s.get(job.owner, 0.0) + seconds / len(members)
-            if job.cancelled_at is not None:
-                continue
-            if isinstance(plan, Run):
-                resume(scheduler, job, now)
-            if job.finished_at is None:
-                scheduler.waiting(job.job_id, job.call(), now)
-                at_call.add(job.job_id)
-            else:
-                live.discard(job.job_id)
+        carried_out(plan, members, seconds + shared_s)
         if ask_eta_every and num_plans % ask_eta_every == 0 and (queued or live):
             job = by_id[rng.choice(sorted(queued | live))]
             eta_s = scheduler.eta_s(job.job_id, now)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,10 +17,11 @@ TIMES = st.floats(0, 20, allow_nan=False)
 
 @st.composite
 def sim_jobs(draw) -> list[SimJob]:
+    beside, has_twin = draw(st.booleans()), draw(st.booleans())
     return [
         SimJob(
             job_id=f"job-{number}",
-            shape=draw(st.sampled_from([SMALL, MIDDLE, CLIP, LONER])),
+            shape=replace(draw(st.sampled_from([SMALL, MIDDLE, CLIP, LONER])), beside=beside, has_twin=has_twin),
             steps=draw(st.integers(1, 12)),
             arrives_at=draw(TIMES),
             owner=draw(st.sampled_from("abc")),

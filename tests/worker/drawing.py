@@ -1,6 +1,7 @@
 """Draws jobs with the real worker in this process, and the same jobs with the unmodified pipeline by itself."""
 
 import inspect
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -75,17 +76,18 @@ class Studio:
     def draw(
         self, requests: Sequence[GenerateRequest], meanwhile: Callable[[int], None] = lambda turn: None
     ) -> dict[str, Drawn]:
-        """Submit all at once and turn until idle; `meanwhile` is called with the number of each turn."""
+        """Submit all at once and turn until idle; `meanwhile` is called with the number of each turn, and may submit
+        more."""
         self.messages.clear()
         with torch.inference_mode():
             for request in requests:
                 self.worker.submit(request)
             self.settle()  # so that which jobs meet does not hang on the disk
             turn = 0
-            while self.worker.turn() or self.worker.loras.wait():
+            while self.worker.turn() or self.worker.wait():
                 turn += 1
                 meanwhile(turn)
-        drawn = {request.job_id: Drawn() for request in requests}
+        drawn = defaultdict(Drawn, {request.job_id: Drawn() for request in requests})
         for message in self.messages:
             if isinstance(message, Finished):
                 drawn[message.job_id].frames = read_block(message.frames.path, message.frames.shape)

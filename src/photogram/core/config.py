@@ -84,6 +84,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     precisions: Precisions
     placement: Placement
     tuning: Tuning
+    side_stream: bool | None
     max_batch_size: int
     max_live_jobs: int
     prompt_cache_bytes: int
@@ -149,6 +150,9 @@ class ServeConfig:
     )
     channels_last: bool = setting(True, "on a GPU, keep the weights of VAEs and UNets in the order convolutions want")
     onednn_convolutions: bool = setting(True, "on a CPU, compute the 3D convolutions of VAEs with oneDNN, always")
+    side_stream: bool | None = setting(
+        None, "encode, decode and copy frames beside other jobs' steps; default: on a GPU"
+    )
     # --- several devices
     num_gpus: int = setting(1, "devices of all groups; those of one group share a model; on a CPU: processes")
     dp_size: int = setting(1, "groups of devices, each with a model and jobs of its own behind one queue")
@@ -363,6 +367,7 @@ class ServeConfig:
                 cuda_graphs=self.cuda_graphs,
                 cuda_graph_memory_bytes=int(self.cuda_graph_memory_gb * 1e9),
             ),
+            side_stream=self.side_stream,
             placement=Placement(**{name: getattr(self, name) for name in Placement.__struct_fields__}),
             max_batch_size=1 if self.deterministic else self.max_batch_size,
             max_live_jobs=self.max_live_jobs,

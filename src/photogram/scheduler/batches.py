@@ -7,6 +7,7 @@ saves nothing and only makes its first member wait for the others.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterable
 
 from .cost import CallCosts
 
@@ -19,13 +20,14 @@ _MAX_KINDS = 2048
 class _KindLimit:
     """What is known of one kind's memory and of the use of batching it."""
 
-    __slots__ = ("bytes_per_call", "good_runs", "limit", "refusals")
+    __slots__ = ("bytes_per_call", "good_runs", "is_kept_alone", "limit", "refusals")
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.good_runs = 0
         self.refusals = 0
         self.bytes_per_call: int | None = None
+        self.is_kept_alone = False
 
 
 class BatchLimits:
@@ -40,14 +42,18 @@ class BatchLimits:
         self._costs = call_costs
         self._kinds: OrderedDict[str, _KindLimit] = OrderedDict()
 
-    def size(self, kind: str, num_waiting: int, bytes_per_call: int | None) -> int:
-        """Return how many of `num_waiting` calls to run as one pass, at least 1."""
+    def size(self, kind: str, num_waiting: int, bytes_per_call: int | None, beside: str | None = None) -> int:
+        """Return how many of `num_waiting` calls to run as one pass, at least 1.
+
+        `beside` is the kind of a call that runs at the same time, and has its part of the memory.
+        """
         known = self._kinds.get(kind)
         most = min(num_waiting, self._max_batch_size if known is None else known.limit)
         if bytes_per_call is None and known is not None:
             bytes_per_call = known.bytes_per_call
         if self._memory_bytes is not None and bytes_per_call:
-            most = min(most, self._memory_bytes // bytes_per_call)
+            taken_bytes = 0 if beside is None else self._bytes_of(beside) or 0
+            most = min(most, (self._memory_bytes - taken_bytes) // bytes_per_call)
         if most <= 1:
             return 1
         best = self._paying(kind, most)
@@ -75,6 +81,26 @@ class BatchLimits:
         known = self._entry(kind)
         known.limit = max(1, min(known.limit, num_calls) // 2)
         known.good_runs = 0
+
+    def fit_together(self, kind: str, others: Iterable[str]) -> bool:
+        """Say whether a call of a kind fits beside a call of any of the others, as far as passes have shown."""
+        known = self._kinds.get(kind)
+        if known is not None and known.is_kept_alone:
+            return False
+        if self._memory_bytes is None:
+            return True
+        own = self._bytes_of(kind)
+        return own is not None and own + max((self._bytes_of(other) or 0 for other in others), default=0) <= (
+            self._memory_bytes
+        )
+
+    def keep_alone(self, kind: str) -> None:
+        """A call of this kind and what ran beside it did not fit together: no more of that."""
+        self._entry(kind).is_kept_alone = True
+
+    def _bytes_of(self, kind: str) -> int | None:
+        known = self._kinds.get(kind)
+        return None if known is None else known.bytes_per_call
 
     def _paying(self, kind: str, most: int) -> int:
         """Return the largest size up to `most` of which every further member saves `min_gain` of a lone call."""

@@ -56,6 +56,9 @@ class PendingCall:
 
     `weights` says what the module's weights must hold for the call; () is the base. A call that `mixes` can also be
     run on the base weights, and then beside calls that want other weights, if their keys are equal.
+
+    One that `may_be_beside` can run while passes of other modules do, by itself. Meanwhile other calls of its module
+    wait, unless it `has_twin`: a second network of the same weights.
     """
 
     key: Hashable | None
@@ -66,6 +69,8 @@ class PendingCall:
     module: str = ""
     weights: Hashable = ()
     mixes: bool = False
+    may_be_beside: bool = False
+    has_twin: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,12 +82,16 @@ class Start:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Run the pending calls of these jobs as one forward pass; the first is the one that was chosen."""
+    """Run the pending calls of these jobs as one forward pass; the first is the one that was chosen.
+
+    One that is `beside` is begun, and what is planned until it is reported runs at the same time.
+    """
 
     job_ids: tuple[str, ...]
     kind: str
     phase: Phase
     size_hint: float = field(default=1.0, compare=False)
+    beside: bool = False
 
 
 Plan = Start | Run

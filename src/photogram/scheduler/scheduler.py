@@ -10,10 +10,11 @@ length of the queue.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Collection, Hashable
 
 from .backlog import Backlog
 from .batches import BatchLimits
+from .beside import WORTHWHILE_LENGTH, WORTHWHILE_S, Beside
 from .cost import CallCosts, JobCosts, Mean
 from .fairness import FairShare
 from .held import HeldWeights
@@ -49,6 +50,7 @@ class Scheduler:
         self._live: dict[str, Job] = {}
         self._waiting: dict[str, Job] = {}
         self._held = HeldWeights()
+        self._beside = Beside()
         self._last_key: Hashable | None = None
         self._last_lead: Job | None = None
         self._num_submitted = 0
@@ -113,7 +115,8 @@ class Scheduler:
     # --- decisions -----------------------------------------------------------------------------------------------
 
     def next_plan(self, now: float) -> Plan | None:
-        """Return what to do next; None only if no job waits at a call and none may be started.
+        """Return what to do next; None only if no job may be started and none waits at a call, but for those that wait
+        for the call that runs beside.
 
         The jobs of a plan are taken: they are planned again when `waiting` was called for them.
         """
@@ -121,7 +124,12 @@ class Scheduler:
         if not self._waiting and not newcomers:
             return None
         top = max(job.priority for jobs in (self._waiting.values(), newcomers) for job in jobs)
+        lead = self._lead_beside(now, top)
+        if lead is not None:
+            return self._run(lead, now, top, beside=True)
         lead = self._first(now, top, newcomers)
+        if lead is None:
+            return None
         if lead.state == "queued":
             return self._start(lead)
         return self._run(lead, now, top)
@@ -139,31 +147,48 @@ class Scheduler:
 
         `peak_bytes` is the memory the pass took beyond what was held before it, where it was measured. After a pass
         that ran out of memory the batch limit of that kind is halved and its jobs are planned again, in smaller
-        batches. Returns the jobs that cannot be: one whose call did not fit alone. Fail and `cancel` those.
+        batches. Where something ran beside it, both are planned again as they were, and no more at once. Returns the
+        jobs that cannot be: one whose call did not fit alone. Fail and `cancel` those.
+
+        Where two calls shared the device neither took as long as it would have alone, so what is known of their
+        price goes before what they took.
         """
         if isinstance(plan, Start):
             self._start_s.add(seconds)
             self._early.spend(seconds)
             self._charge((plan.job_id,), seconds)
             return ()
+        beside = self._beside.plan
+        if plan.beside:
+            self._beside.ended()
+        if beside is not None:
+            seconds = min(seconds, self._call_costs.expected(plan.kind, len(plan.job_ids)) or seconds)
         self._charge(plan.job_ids, seconds)
         self._held.worked(seconds)
         jobs = [self._jobs[job_id] for job_id in plan.job_ids if job_id in self._jobs]
-        if plan.phase == "encode":
-            self._early.spend(seconds)
-        else:
+        if plan.phase != "encode":
             self._early.earn(seconds)
+        elif not plan.beside:
+            self._early.spend(seconds)
         if out_of_memory:
-            self._batches.out_of_memory(plan.kind, len(plan.job_ids))
-            if len(plan.job_ids) == 1:
-                return tuple(job.ticket.job_id for job in jobs)
+            if beside is not None:
+                self._batches.keep_alone(beside.kind)
+            else:
+                self._batches.out_of_memory(plan.kind, len(plan.job_ids))
+                if len(plan.job_ids) == 1:
+                    return tuple(job.ticket.job_id for job in jobs)
             for job in jobs:
                 if job.state == "running":
                     job.state = "waiting"
                     self._waiting[job.ticket.job_id] = job
             return ()
         self._batches.ran(plan.kind, len(plan.job_ids), peak_bytes)
-        self._learn(plan, jobs, seconds)
+        if beside is None or not self._call_costs.num_samples(plan.kind, len(plan.job_ids)):
+            self._learn(plan, seconds)
+        alone_s = self._call_costs.expected(plan.kind, 1) or seconds / len(plan.job_ids)
+        for job in jobs:
+            if job.state == "running":
+                self._book(job, plan.phase, alone_s)
         return ()
 
     # --- estimates -----------------------------------------------------------------------------------------------
@@ -177,6 +202,10 @@ class Scheduler:
         if seconds is None and lead is not None:
             seconds = self._call_costs.guess(plan.phase, len(plan.job_ids), lead.ticket.size_hint)
         return seconds
+
+    def expected_beside_s(self) -> float:
+        """Return how long the call that runs beside should take by itself, 0 where there is none."""
+        return 0.0 if self._beside.plan is None else self.expected_s(self._beside.plan) or 0.0
 
     def eta_s(self, job_id: str, now: float) -> float | None:
         """Return the seconds until the job is done, waiting behind others included; None while nothing is known.
@@ -232,7 +261,29 @@ class Scheduler:
         """Return the virtual time at which the job would be done if its owner ran nothing else."""
         return self._shares.finish_tag(job.owner, job.remaining_s)
 
-    def _first(self, now: float, top: int, newcomers: list[Job]) -> Job:
+    def _lead_beside(self, now: float, top: int) -> Job | None:
+        """Return the job whose call is to run beside the others', where there is such a one and they have work.
+
+        Of what has never run neither price nor memory is known: that is found out by itself.
+        """
+        fair = self.config.order == "fair"
+
+        def pays(call: PendingCall, others: Collection[str]) -> bool:
+            if not self._call_costs.num_samples(call.kind, 1):
+                return False
+            lengths_s = [WORTHWHILE_LENGTH * (self._call_costs.expected(kind, 1) or 0.0) for kind in others]
+            is_long = (self._call_costs.expected(call.kind, 1) or 0.0) >= min(lengths_s, default=WORTHWHILE_S)
+            return is_long and self._batches.fit_together(call.kind, others)
+
+        def rank(job: Job) -> tuple[float, ...]:
+            assert job.call is not None
+            level, overdue, ratio = self._policy.standing(job, now, top)
+            tag = self._finish_tag(job) if fair else 0.0
+            return level, overdue, _PHASE_RANK[job.call.phase], -tag, ratio, -job.sequence
+
+        return max(self._beside.candidates(self._waiting.values(), pays), key=rank, default=None)
+
+    def _first(self, now: float, top: int, newcomers: list[Job]) -> Job | None:
         """Return the job that goes first: each owner sends its best, and the owners' best are compared."""
         policy, early = self._policy, self._early
         fair = self.config.order == "fair"
@@ -247,6 +298,8 @@ class Scheduler:
                 level, overdue, ratio = policy.standing(job, now, top)
                 remaining_s = job.remaining_s
                 call = job.call
+                if self._beside.holds_up(call):
+                    continue
                 settled = call is None or not self._held.stands_back(call)
                 if call is None:
                     phase = start_phase
@@ -271,7 +324,6 @@ class Scheduler:
             across = (rank[0], *rank[2:4], -self._shares.finish_tag(job.owner, remaining_s), *rank[4:])
             if best is None or across > best_rank:
                 best, best_rank = job, across
-        assert best is not None
         return best
 
     def _start(self, job: Job) -> Start:
@@ -280,12 +332,12 @@ class Scheduler:
         self._live[job.ticket.job_id] = job
         return Start(job.ticket.job_id)
 
-    def _run(self, lead: Job, now: float, top: int) -> Run:
-        """Plan the lead's call with the best of those that may share its pass."""
+    def _run(self, lead: Job, now: float, top: int, *, beside: bool = False) -> Run:
+        """Plan the lead's call with the best of those that may share its pass; `beside` the others it runs alone."""
         call = lead.call
         assert call is not None
         members = [lead]
-        if call.key is not None and lead.ticket.batchable:
+        if call.key is not None and lead.ticket.batchable and not beside:
             others = [
                 job
                 for job in self._waiting.values()
@@ -295,14 +347,18 @@ class Scheduler:
                 and job.ticket.batchable
                 and self._held.may_share(call, job.call)
             ]
-            size = self._batches.size(call.kind, 1 + len(others), call.bytes_per_call)
+            size = self._batches.size(call.kind, 1 + len(others), call.bytes_per_call, self._beside.kind)
             members += others if size > len(others) else self._riders(lead, others, size - 1, now, top)
         for job in members:
             job.state = "running"
             del self._waiting[job.ticket.job_id]
         if call.phase == "denoise":
             self._last_key, self._last_lead = call.key, lead
-        return Run(tuple(job.ticket.job_id for job in members), call.kind, call.phase, lead.ticket.size_hint)
+        job_ids = tuple(job.ticket.job_id for job in members)
+        plan = Run(job_ids, call.kind, call.phase, lead.ticket.size_hint, beside)
+        if beside:
+            self._beside.begin(plan, call.module)
+        return plan
 
     def _riders(self, lead: Job, others: list[Job], num: int, now: float, top: int) -> list[Job]:
         """Return the `num` jobs that share the lead's pass, out of more that could.
@@ -342,7 +398,7 @@ class Scheduler:
             if job is not None:
                 self._shares.charge(job.owner, seconds / len(job_ids))
 
-    def _learn(self, plan: Run, jobs: list[Job], seconds: float) -> None:
+    def _learn(self, plan: Run, seconds: float) -> None:
         num_calls = len(plan.job_ids)
         self._call_costs.observe(plan.kind, plan.phase, num_calls, plan.size_hint, seconds)
         alone_s = self._call_costs.expected(plan.kind, 1)
@@ -351,9 +407,6 @@ class Scheduler:
         if seconds > 0:
             weight = min(1.0, seconds / 10.0)
             self._speedup += weight * (max(1.0, num_calls * alone_s / seconds) - self._speedup)
-        for job in jobs:
-            if job.state == "running":
-                self._book(job, plan.phase, alone_s)
 
     def _settle(self, job: Job) -> None:
         """Book a pass that is not reported yet at the price expected of it."""

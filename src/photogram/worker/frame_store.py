@@ -10,13 +10,31 @@ import mmap
 import os
 import secrets
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from diffusers import DiffusionPipeline
 
 from ..core.messages import GIVEN_BACK, REUSED_BYTES, FrameBlock, SoundBlock
+from .arguments import to_frames, to_sound
 
 _SUFFIX = ".frames"
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """Where a job's pixels are, and its sound."""
+
+    frames: FrameBlock
+    sound: SoundBlock | None
+
+    def unlink(self) -> None:
+        """Take them away again: nobody will."""
+        for block in (self.frames, self.sound):
+            if block is not None:
+                Path(block.path).unlink(missing_ok=True)
 
 
 class FrameStore:
@@ -25,6 +43,12 @@ class FrameStore:
     def __init__(self, folder: str) -> None:
         self._folder = Path(folder)
         self._mapped: dict[Path, mmap.mmap] = {}
+
+    def put_result(self, pipeline: DiffusionPipeline, result: Any) -> Drawn:
+        """Write down what a pipeline has returned. Raises GenerationFailed for what is no picture, and OSError."""
+        frames = self.put(to_frames(result))
+        heard = to_sound(pipeline, result)
+        return Drawn(frames, None if heard is None else self.put_sound(*heard))
 
     def put(self, frames: np.ndarray) -> FrameBlock:
         """Write uint8 frames (F, H, W, C) and return their place. Raises OSError when the folder is full."""

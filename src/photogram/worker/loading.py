@@ -37,6 +37,7 @@ from ..models.memory_report import plan_of
 from ..models.sizes import is_denoiser, precision_of
 from ..models.two_stages import TWO_STAGES, UPSAMPLER, has_upsampler
 from ..models.uses import Route, Use, pipelines_by_use, route
+from .beside import Shared
 from .fast.fp8 import Fp8Linears
 from .guidance import Habits
 from .long_prompts import read_in_chunks, reads_in_chunks
@@ -272,9 +273,15 @@ def prepare(
         logger.info("the VAE decodes %s", "on all of them" if decodes else "on the first of them")
     can_change = tuple(lora_modules(pipeline))
     card = msgspec.structs.replace(card, lora_modules=can_change, tuning=tuned.lines, room=room)
-    modules = big_modules(pipeline.components if upsampler is None else pipeline.components | {UPSAMPLER: upsampler})
+    beside: set[str] = set()
+    if goes_beside(config, device):
+        # What comes and goes takes the room that others leave, and what all ranks run is in one order on all of them.
+        beside = {name for name in networks if not is_denoiser(name)} - away - ({"vae"} if decodes else set())
+    components = pipeline.components if upsampler is None else pipeline.components | {UPSAMPLER: upsampler}
+    modules = big_modules(components, beside)
+    around_calls = Shared(tuned.attention.around_calls)
     for module in modules.values():
-        module.around_calls = tuned.attention.around_calls
+        module.around_calls = around_calls
         module.modulations = tuned.tables.get(module.name)
         module.leaves_padding = module.name in tuned.leave_padding
         # A graph knows weights by their place, and other ranks not at all.
@@ -284,6 +291,7 @@ def prepare(
         network = modules[name].module
         share = partial(group.share_weights, name, network) if group is not None and is_denoiser(name) else None
         modules[name].loras = ModuleServing(name, network, device, share)
+        modules[name].twin = None  # its weights change between two calls
     if group is not None:
         group.take_over(modules, decodes=decodes)
         if tuned.graphs is not None and config.degrees.sequence > 1:
@@ -327,6 +335,11 @@ def _copy_to_fp8(modules: Mapping[str, BigModule], placement: Placement, device:
             done.append(f"{name}: {module.fp8.num_layers} linear layers also in fp8, {size}")
             logger.info("%s", done[-1])
     return done
+
+
+def goes_beside(config: WorkerConfig, device: torch.device) -> bool:
+    """Say whether anything runs beside the loop. On a CPU it would take the cores from what it is to let go on."""
+    return device.type == "cuda" if config.side_stream is None else config.side_stream
 
 
 def device_name(device: torch.device) -> str:

@@ -1,7 +1,8 @@
 """The worker's process: connects to the host, loads the model, and turns until told to stop.
 
-A thread takes messages off the socket, so that a cancel is seen between two calls, and another reads LoRA files; all
-else happens in the main thread. When the host is gone the process ends: its jobs are the host's to give again.
+A thread takes messages off the socket, so that a cancel is seen between two calls, and another reads LoRA files. On a
+GPU one runs encoders and decoders beside the steps, and one takes frames to where the host finds them. All else happens
+in the main thread. When the host is gone the process ends: its jobs are the host's to give again.
 """
 
 from __future__ import annotations

@@ -5,9 +5,11 @@ The one adapter that replaces methods of diffusers and transformers objects.
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
-from collections.abc import Callable, Hashable, Iterator, Mapping
+import threading
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any, Literal
@@ -39,12 +41,16 @@ class BigModule:
     are not suspended.
     """
 
-    def __init__(self, name: str, module: torch.nn.Module) -> None:
+    def __init__(self, name: str, module: torch.nn.Module, *, may_be_beside: bool = False) -> None:
+        """A module whose calls `may_be_beside` those of others is given a twin for these, where it can have one."""
         self.name = name
         self.module = module
         self.real: dict[str, Callable[..., Any]] = {}
         self.signatures: dict[str, inspect.Signature] = {}
         self.is_denoiser = is_denoiser(name)
+        self.may_be_beside = may_be_beside
+        self.twin = twin_of(module) if may_be_beside else None
+        self.in_use = threading.RLock()  # held by its call, or by who changes its weights
         self.loras: ModuleServing | None = None  # where LoRAs can change it
         self.graphs: Graphs | None = None  # where its calls may be replayed
         self.modulations: ModulationTable | None = None  # where its modulation is looked up
@@ -67,13 +73,17 @@ class BigModule:
         # A vocoder makes sound of what the decoder of sound gives; its own method is `forward`.
         return "decode" if method == "decode" or self.name == "vocoder" else "encode"
 
-    def run(self, call: Call, context_owner: str) -> Any:
+    def run(self, call: Call, context_owner: str, *, beside: bool = False) -> Any:
         """Run the real method with the LoRAs of the call's rows, under the autocast and step-cache context that the
         pipeline had around its call.
 
-        `context_owner` keeps the step caches of two jobs apart.
+        `context_owner` keeps the step caches of two jobs apart. A call that is `beside` others runs without a graph:
+        all graphs share their memory. It is the twin's, if there is one; else two calls wait for each other.
         """
+        is_twins = beside and self.twin is not None
         with ExitStack() as stack:
+            if not is_twins:
+                stack.enter_context(self.in_use)
             stack.enter_context(self.around_calls())
             if self.loras is not None:
                 stack.enter_context(self.loras.applied(call.loras, exact=call.exact))
@@ -86,12 +96,13 @@ class BigModule:
                 name, fields = call.cache_context
                 stack.enter_context(CacheMixin.cache_context(self.module, f"{context_owner}/{name}", **fields))
             args, kwargs = self._in_own_precision(call)
-            real = self.real[call.method]
+            real = getattr(self.twin, call.method) if is_twins else self.real[call.method]
             if not self._is_plain(call):
                 return real(*args, **kwargs)
             if self.modulations is not None:
                 kwargs = self.modulations.looked_up(kwargs, self._weights_of_modulation())
-            run = partial(_run, real) if self.graphs is None else partial(self.graphs.run, self.name, real)
+            graphs = None if beside else self.graphs
+            run = partial(_run, real) if graphs is None else partial(graphs.run, self.name, real)
             return without_padding(run, args, kwargs) if self.leaves_padding else run(args, kwargs)
 
     def _weights_of_modulation(self) -> Hashable:
@@ -175,6 +186,17 @@ def _run(real: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     return real(*args, **kwargs)
 
 
+def twin_of(module: torch.nn.Module) -> torch.nn.Module | None:
+    """Return a second module over the same weights, with state of its own; None where it would compute otherwise.
+
+    Networks keep state between their layers: a VAE of clips its last frames. A copy loses what was compiled.
+    """
+    if any(part._compiled_call_impl is not None for part in module.modules()):
+        return None
+    weights = (*module.parameters(), *module.buffers())
+    return copy.deepcopy(module, {id(tensor): tensor for tensor in weights})
+
+
 def forget_step_caches(module: torch.nn.Module, context_owner: str) -> None:
     """Drop what the step cache of a module keeps for one job."""
     prefix = f"{context_owner}/"
@@ -193,10 +215,13 @@ def _keep(recurse: bool = True) -> None:
     """Stands in for a module's `_reset_stateful_cache`."""
 
 
-def big_modules(components: Mapping[str, object]) -> dict[str, BigModule]:
-    """Make every network among the components a suspension point; call once, after step caches were switched on."""
+def big_modules(components: Mapping[str, object], beside: Collection[str] = ()) -> dict[str, BigModule]:
+    """Make every network among the components a suspension point; call once, after step caches were switched on.
+
+    Calls of those named in `beside` may be run while others are.
+    """
     return {
-        name: BigModule(name, component)
+        name: BigModule(name, component, may_be_beside=name in beside)
         for name, component in components.items()
         if isinstance(component, torch.nn.Module)
     }

@@ -60,11 +60,6 @@ class Pace:
             self._note(self._in_flight.pop())
         report(self._seconds[like])
 
-    def finish(self) -> None:
-        """Wait until all that was launched is over, as a copy to the host would."""
-        while self._in_flight:
-            self._note(self._in_flight.popleft())
-
     def release_memory(self) -> None:
         """Give cached device memory back after a pass that did not fit."""
         if self._device.type == "cuda":

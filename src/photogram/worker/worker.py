@@ -3,35 +3,24 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
 import torch
 
 from ..core.config import WorkerConfig
-from ..core.errors import GenerationFailed, OutOfMemory, RequestError, ServiceError
-from ..core.messages import (
-    Began,
-    Failed,
-    Finished,
-    LorasReady,
-    LorasRefused,
-    PrepareLoras,
-    Preview,
-    Progress,
-    SetLoras,
-    ToHost,
-)
+from ..core.errors import OutOfMemory, RequestError
+from ..core.messages import Began, Failed, LorasReady, LorasRefused, PrepareLoras, SetLoras, ToHost
 from ..core.request import GenerateRequest
-from ..models.derive import token_side
 from ..scheduler import JobTicket, PendingCall, Run, Scheduler, SchedulerConfig, Start
-from .arguments import to_frames, to_sound
+from .beside import AtOnce, Lane, streams_of
 from .fibers import Call, Returned
-from .frame_store import FrameStore
+from .frame_store import Drawn
 from .job import Job, replay
-from .loading import ServedPipeline
+from .loading import ServedPipeline, goes_beside
 from .lora.mixing import NotMixable
 from .lora.service import GetLoras, Loras
 from .lora.sets import ModuleLoras
@@ -41,21 +30,18 @@ from .passes import Passes
 from .probe import same_call_for_two
 from .prompt_cache import PromptCache
 from .recall import Recall
+from .reports import Reports, failure
 from .stacking import Stacker
-from .tokens import count_tokens
 from .vitals import VitalSigns
 
 logger = logging.getLogger(__name__)
-
-# Shares of a job's progress that lie before the first step and after the last.
-ENCODE_SHARE, DECODE_SHARE = 0.03, 0.05
 
 
 class Worker:
     """Runs jobs of one served pipeline; `turn` takes one decision of the scheduler.
 
     `emit` is given every message for the host. Single-threaded: submit, cancel and turn are called by one thread. From
-    another one `wake` is called when a `turn` is worth while though the last one found nothing to do.
+    others `wake` is called when a `turn` is worth while though the last one found nothing to do.
     """
 
     def __init__(
@@ -80,9 +66,14 @@ class Worker:
             file_bytes=config.lora_file_bytes,
         )
         self.config = config
-        self._emit = emit
+        self._reports = Reports(served, config.frames_dir, emit)
+        self._emit = self._reports.send
         self._clock = clock
-        self._frames = FrameStore(config.frames_dir)
+        beside = goes_beside(config, served.device)
+        self._lane = Lane(streams_of(served.device), wake, "beside") if beside else AtOnce()
+        self._leaving = Lane(streams_of(served.device), wake, "frames") if beside else AtOnce()
+        if served.graphs is not None:
+            served.graphs.is_quiet = lambda: not (self._lane.is_busy or self._leaving.is_busy)
         self._pace = Pace(served.device, clock)
         self._peak = PeakMemory(served.device)
         self._vitals = VitalSigns(served.device, lambda: self.loras.num_switches)
@@ -95,14 +86,9 @@ class Worker:
             )
         )
 
-    @contextmanager
-    def heard_by(self, emit: Callable[[ToHost], None]) -> Iterator[None]:
-        """Send messages elsewhere for a while (the warm-up's are not for the host)."""
-        self._emit, hosts = emit, self._emit
-        try:
-            yield
-        finally:
-            self._emit = hosts
+    def heard_by(self, emit: Callable[[ToHost], None]) -> AbstractContextManager[None]:
+        """Send messages elsewhere for a while."""
+        return self._reports.heard_by(emit)
 
     # --- what the host asks
 
@@ -117,7 +103,7 @@ class Worker:
         try:
             job = Job(request, self.served, loras(), arrived_at)
         except Exception as error:
-            self._emit(self._failure(request.job_id, error))
+            self._emit(failure(request.job_id, error, None))
             return
         self.jobs[request.job_id] = job
         pixels = request.width * request.height * (request.num_frames or 1)
@@ -162,9 +148,11 @@ class Worker:
     def turn(self) -> bool:
         """Take one decision and carry it out; False when there is nothing to do now."""
         self.loras.take()
+        self._lane.take()
+        self._leaving.take()
         now = self._clock()
         plan = self._scheduler.next_plan(now)
-        vitals = self._vitals.news(now, is_idle=plan is None)
+        vitals = self._vitals.news(now, is_idle=plan is None and not self._lane.is_busy)
         if vitals is not None:
             self._emit(vitals)
         match plan:
@@ -172,9 +160,15 @@ class Worker:
                 return False
             case Start(job_id=job_id):
                 self._start(self.jobs[job_id], now)
+            case Run(beside=True):
+                self._run_beside(plan)
             case Run():
                 self._run(plan)
         return True
+
+    def wait(self) -> bool:
+        """Wait for what is done beside the loop and go on with it; False where nothing is."""
+        return any([self._lane.take(wait=True), self._leaving.take(wait=True), self.loras.wait()])
 
     def _start(self, job: Job, now: float) -> None:
         job.started_at = now
@@ -188,13 +182,14 @@ class Worker:
         calls = [job.call for job in jobs]
         for job in jobs:
             job.calls_run += 1
-        self._emit(Began(plan.job_ids, calls[0].module.name, self._scheduler.expected_s(plan)))
+        self._tell_began(plan, calls[0])
         self._pace.wait_for_room()
         self._peak.begin()
+        peak = None if self._lane.is_busy or self._leaving.is_busy else self._peak  # it would be that of both
         started = self._clock()
         try:
             self._bring_loras(plan, jobs)
-            with self._pace.measured((plan.kind, len(jobs)), partial(self._ran, plan, calls)):
+            with self._pace.measured((plan.kind, len(jobs)), partial(self._ran, plan, calls, peak)):
                 answers = self._passes.run(jobs)
         except Exception as error:
             self._could_not_run(plan, jobs, error, self._clock() - started)
@@ -203,6 +198,43 @@ class Worker:
             job.calls_shared += len(jobs) > 1
             job.largest_batch = max(job.largest_batch, len(jobs))
             self._proceed(job, partial(job.fiber.resume, self._recall.noted(job, call, answer)))
+
+    def _run_beside(self, plan: Run) -> None:
+        """Begin a call that others are run beside. The fiber stays in this thread: only the network runs elsewhere."""
+        job = self.jobs[plan.job_ids[0]]
+        call, started = job.call, self._clock()
+        job.calls_run += 1
+        self._tell_began(plan, call)
+        try:
+            self._bring_loras(plan, [job])
+        except Exception as error:
+            self._could_not_run(plan, [job], error, self._clock() - started)
+            return
+        work = partial(call.module.run, call, job.job_id, beside=True)
+        self._lane.begin(work, partial(self._ran_beside, plan, job, call, started))
+
+    def _ran_beside(self, plan: Run, job: Job, call: Call, started: float, outcome: Future[Any]) -> None:
+        seconds = self._clock() - started
+        error = outcome.exception()
+        if isinstance(error, Exception) and self._is_alive(job):
+            self._could_not_run(plan, [job], error, seconds)
+            return
+        if isinstance(error, Exception) and isinstance(lost := device_error(error, self.served.device), DeviceLost):
+            raise lost from error
+        self._ran(plan, [call], None, seconds)
+        if self._is_alive(job):  # else it was cancelled meanwhile
+            self._proceed(job, partial(job.fiber.resume, self._recall.noted(job, call, outcome.result())))
+
+    def _tell_began(self, plan: Run, call: Call) -> None:
+        """Tell the host, which takes a worker for hung that is silent for much longer than is expected here."""
+        expected_s = self._scheduler.expected_s(plan)
+        if expected_s is not None:
+            expected_s = max(expected_s, self._scheduler.expected_beside_s())
+        self._emit(Began(plan.job_ids, call.module.name, expected_s))
+
+    def _is_alive(self, job: Job) -> bool:
+        """Say whether a job was not cancelled while something was done for it."""
+        return self.jobs.get(job.job_id) is job
 
     def _bring_loras(self, plan: Run, jobs: list[Job]) -> None:
         """Bring the weights to where the plan's calls can be run, before the pass, so that its price stays its own."""
@@ -224,10 +256,10 @@ class Worker:
         """Say whether a job that is under way will call the module with other LoRAs."""
         return job.started_at is not None and job.phase != "decode" and job.loras.of(module).key != loras.key
 
-    def _ran(self, plan: Run, calls: list[Call], seconds: float) -> None:
+    def _ran(self, plan: Run, calls: list[Call], peak: PeakMemory | None, seconds: float) -> None:
         if calls[0].module.loras is not None:
             calls[0].module.loras.note_pass([call.loras[0] for call in calls], seconds)
-        self._scheduler.ran(plan, seconds, self._clock(), peak_bytes=self._peak.taken())
+        self._scheduler.ran(plan, seconds, self._clock(), peak_bytes=None if peak is None else peak.taken())
 
     def _could_not_run(self, plan: Run, jobs: list[Job], error: Exception, seconds: float) -> None:
         """A call failed: the device is lost, a batch did not fit and is cut, or the job hears of it."""
@@ -238,22 +270,24 @@ class Worker:
         loras = jobs[0].call.module.loras
         if isinstance(error, NotMixable) and loras is not None:
             loras.exclude(error.layer, str(error))
+        impossible = self._scheduler.ran(plan, seconds, self._clock(), out_of_memory=out_of_memory)
         if out_of_memory:
+            # The traceback holds the failed pass's tensors.
+            error.__traceback__ = error.__cause__ = error.__context__ = None
+            self._lane.take(wait=True)
             if loras is not None:
                 loras.free_memory()
             if self.served.graphs is not None:
                 self.served.graphs.forget()
-            # The traceback holds the failed pass's tensors.
-            error.__traceback__ = error.__cause__ = error.__context__ = None
             self._pace.release_memory()
-        self._scheduler.ran(plan, seconds, self._clock(), out_of_memory=out_of_memory)
+            if not impossible:
+                return
         if len(jobs) > 1 and not isinstance(error, RequestError):
-            if not out_of_memory:
-                if not isinstance(error, NotMixable):
-                    logger.warning("a pass of %d jobs failed, running them alone: %s", len(jobs), error)
-                    self.stacker.give_up(jobs[0].stackable)
-                for job in jobs:
-                    self._wait_at(job, job.call)
+            if not isinstance(error, NotMixable):
+                logger.warning("a pass of %d jobs failed, running them alone: %s", len(jobs), error)
+                self.stacker.give_up(jobs[0].stackable)
+            for job in jobs:
+                self._wait_at(job, job.call)
             return
         for job in jobs:  # several only where they share LoRAs that cannot be merged
             self._proceed(job, partial(job.fiber.fail, error))
@@ -281,7 +315,7 @@ class Worker:
             return
         if isinstance(outcome, Call):
             self._wait_at(job, outcome)
-            self._report(job)
+            self._reports.progress(job, lambda: self._scheduler.eta_s(job.job_id, self._clock()))
         else:
             self._finish(job, outcome.value)
 
@@ -309,6 +343,8 @@ class Worker:
                 module=call.module.name,
                 weights=loras.key if serving is not None else (),
                 mixes=mixes,
+                may_be_beside=call.module.may_be_beside,
+                has_twin=call.module.twin is not None,
             ),
             now,
         )
@@ -316,28 +352,7 @@ class Worker:
     def _runs_alone(self, request: GenerateRequest) -> bool:
         return request.deterministic or self.config.deterministic or self.served.runs_alone
 
-    # --- what the host hears
-
-    def _report(self, job: Job) -> None:
-        """Tell how far the job is, once for each step: with guidance a step can be several calls."""
-        done, num_steps = job.watch.steps_done, job.num_steps
-        if job.reported == (job.phase, done):
-            return
-        job.reported = (job.phase, done)
-        share = {"encode": 0.0, "denoise": ENCODE_SHARE, "decode": 1 - DECODE_SHARE}[job.phase]
-        if job.phase == "denoise":
-            share += (1 - ENCODE_SHARE - DECODE_SHARE) * min(1.0, done / num_steps)
-        job.fraction = max(job.fraction, share)
-        self._emit(
-            Progress(
-                job_id=job.job_id,
-                phase=job.phase,
-                step=done,
-                num_steps=num_steps,
-                fraction=job.fraction,
-                eta_s=self._scheduler.eta_s(job.job_id, self._clock()),
-            )
-        )
+    # --- pictures
 
     def _make_preview(self, job: Job) -> None:
         """Show what the job is heading for. A picture that cannot be made costs the job its partial pictures only."""
@@ -345,76 +360,57 @@ class Worker:
         if estimate is None or job.answers is None:
             return
         try:
-            pixels = to_frames(replay(job, estimate))
+            result = replay(job, estimate)
         except Exception as error:
-            if isinstance(device_error(error, self.served.device), DeviceLost):
-                raise
-            logger.warning("%s goes on without partial pictures: %s", job.job_id, error)
-            job.answers = None
+            self._give_up_previews(job, error)
             return
-        self._emit(Preview(job.job_id, job.num_previews, self._frames.put(pixels)))
-        job.num_previews += 1
+        put = partial(self._reports.frames.put_result, job.stage.pipeline, result)
+        self._leaving.begin(put, partial(self._previewed, job))
+
+    def _previewed(self, job: Job, outcome: Future[Drawn]) -> None:
+        error = outcome.exception()
+        if isinstance(error, Exception):
+            self._give_up_previews(job, error)
+        elif self._is_alive(job):
+            self._reports.preview(job, outcome.result())
+        else:
+            outcome.result().unlink()
+
+    def _give_up_previews(self, job: Job, error: Exception) -> None:
+        lost = device_error(error, self.served.device)
+        if isinstance(lost, DeviceLost):
+            raise lost from error
+        logger.warning("%s goes on without partial pictures: %s", job.job_id, error)
+        job.answers = None
 
     def _finish(self, job: Job, result: Any) -> None:
-        try:
-            self._pace.finish()
-            job.stages.enter("frames", self._clock())
-            block = self._frames.put(to_frames(result))
-            heard = to_sound(job.stage.pipeline, result)
-            sound = None if heard is None else self._frames.put_sound(*heard)
-        except Exception as error:
-            self._fail(job, device_error(error, self.served.device))
-            return
-        prompt_tokens, warnings = count_tokens(self.served.pipeline, job.stage.arguments)
         now = self._clock()
-        run_s = now - job.started_at
-        job.stages.enter(None, now)
+        job.stages.enter("frames", now)
         self._scheduler.finished(job.job_id, now)
-        self._end(job)
-        left_out = job.shortcuts.num_answered
-        logger.info(
-            "%s done: %d steps in %.2f s (%s), %d of %d calls shared, largest batch %d%s",
-            job.job_id,
-            job.watch.steps_done,
-            run_s,
-            job.stages,
-            job.calls_shared,
-            job.calls_run,
-            job.largest_batch,
-            f", {job.request.quality_mode}: {left_out} calls left out" if left_out else "",
-        )
-        self._emit(
-            Finished(
-                job_id=job.job_id,
-                frames=block,
-                prompt_tokens=prompt_tokens,
-                image_tokens=self._image_tokens(job.request),
-                run_s=run_s,
-                warnings=tuple(warnings),
-                sound=sound,
-            )
-        )
+        put = partial(self._reports.frames.put_result, job.stage.pipeline, result)
+        self._leaving.begin(put, partial(self._finished, job))
 
-    def _image_tokens(self, request: GenerateRequest) -> int:
-        """Tokens of the picture as the denoiser sees it: one for each square of `token_side` and latent frame."""
-        side = token_side(self.served.pipeline)
-        latent_frames = 1 + ((request.num_frames or 1) - 1) // self.served.card.frame_multiple
-        return (request.width // side) * (request.height // side) * latent_frames
+    def _finished(self, job: Job, outcome: Future[Drawn]) -> None:
+        error = outcome.exception()
+        if isinstance(error, Exception):
+            lost = device_error(error, self.served.device)
+            if isinstance(lost, DeviceLost):
+                raise lost from error
+            if self._is_alive(job):
+                self._fail(job, lost)
+            return
+        if not self._is_alive(job):
+            outcome.result().unlink()
+            return
+        now = self._clock()
+        job.stages.enter(None, now)
+        self._end(job)
+        self._reports.finished(job, outcome.result(), now - (job.started_at or now))
 
     def _fail(self, job: Job, error: Exception) -> None:
-        failure = self._failure(job.job_id, error)  # which asks how far the job has come
+        message = failure(job.job_id, error, job)
         self._end(job)
-        self._emit(failure)
-
-    def _failure(self, job_id: str, error: Exception) -> Failed:
-        if isinstance(error, ServiceError):
-            return Failed(job_id, error.code, error.message, error.param)
-        job = self.jobs.get(job_id)
-        # What a pipeline says of its arguments before any network has run is said of the request.
-        if isinstance(error, ValueError | TypeError) and (job is None or job.calls_run == 0):
-            return Failed(job_id, RequestError.code, f"The pipeline refused the request: {error}")
-        logger.error("%s failed", job_id, exc_info=error)
-        return Failed(job_id, GenerationFailed.code, f"The pipeline failed: {type(error).__name__}: {error}")
+        self._emit(message)
 
     def _end(self, job: Job) -> None:
         """Forget a job and free all it holds."""
@@ -442,5 +438,5 @@ def _kind(call: Call, request: GenerateRequest) -> str:
 def run_until_idle(worker: Worker) -> None:
     """Turn until nothing is left to do."""
     with torch.inference_mode():
-        while worker.turn() or worker.loras.wait():
+        while worker.turn() or worker.wait():
             pass

@@ -145,14 +145,18 @@ class Loras:
         sets = self._place(uses, adapters)
         before = {name: serving.weights.merged for name, serving in self.modules.items()}
         try:
-            for name, serving in self.modules.items():
-                serving.weights.switch(sets.get(name, BASE) if merged else BASE)
+            for name in self.modules:
+                self._switch(name, sets.get(name, BASE) if merged else BASE)
         except Exception:
-            for name, serving in self.modules.items():
-                serving.weights.switch(before[name])
+            for name in self.modules:
+                self._switch(name, before[name])
             raise
         self._active, self._merged, self._sets = adapters, merged, sets
         self._library.shrink()
+
+    def _switch(self, name: str, loras: ModuleLoras) -> None:
+        with self._served.modules[name].in_use:  # a text encoder may be at work beside the loop
+            self.modules[name].weights.switch(loras)
 
     @property
     def num_switches(self) -> int:
