@@ -58,14 +58,17 @@ class Precisions(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Tuning(msgspec.Struct, frozen=True, kw_only=True):
-    """What is done to the networks of a loaded pipeline to make them fast; none of it changes their maths."""
+    """What is done to the networks of a loaded pipeline to make them fast; none of it changes their maths.
+
+    None leaves it to what is known of the model's family on the device.
+    """
 
     attention_backend: AttentionBackend = "auto"
-    compile: bool = False
+    compile: bool | None = False
     channels_last: bool = True
     onednn_convolutions: bool = True
-    fused_kernels: bool = False
-    cuda_graphs: bool = False
+    fused_kernels: bool | None = False
+    cuda_graphs: bool | None = False
     cuda_graph_memory_bytes: int = 4_000_000_000
 
 
@@ -142,11 +145,15 @@ class ServeConfig:
     attention_backend: AttentionBackend = setting(
         "auto", "attention kernels tried first: auto, torch's own order, cudnn, flash, efficient, math, fa3 or fa4"
     )
-    compile: bool = setting(False, "compile the denoiser's blocks: a slower first start, faster steps")
-    cuda_graphs: bool = setting(False, "replay calls that are bound by launches as CUDA graphs")
+    compile: bool | None = setting(
+        None, "compile the denoiser's blocks: a slower first start, faster steps; default: by the model and the card"
+    )
+    cuda_graphs: bool | None = setting(
+        None, "replay calls that are bound by launches as CUDA graphs; default: as above"
+    )
     cuda_graph_memory_gb: float = setting(4.0, "memory for CUDA graphs, GB, at most")
-    fused_kernels: bool = setting(
-        False, "compute what lies between the denoiser's matrix products in kernels of our own"
+    fused_kernels: bool | None = setting(
+        None, "compute what lies between the denoiser's matrix products in kernels of our own; default: as above"
     )
     channels_last: bool = setting(True, "on a GPU, keep the weights of VAEs and UNets in the order convolutions want")
     onednn_convolutions: bool = setting(True, "on a CPU, compute the 3D convolutions of VAEs with oneDNN, always")

@@ -116,6 +116,13 @@ def _wan_defaults(
     return family if takes_image else replace(family, width=1280, height=720)
 
 
+FASTER_WITH: Mapping[str, Mapping[str, str]] = {
+    "UNet2DConditionModel": {"cuda_graphs": "a step of SDXL at 1024 px takes 45 ms with them, 60 without (H100)"},
+    "QwenImageTransformer2DModel": {"cuda_graphs": "a call at 512 px takes 58 ms with them, 132 without (H100)"},
+}
+"""By the denoiser's class: what of a worker's tuning is switched on by itself on a GPU, and the figure that speaks for
+it. Only what was measured to be faster, and gives the same bits or errs no more against fp32."""
+
 NEEDS_IMAGE = frozenset(
     {
         "QwenImageEditPipeline",

@@ -24,7 +24,7 @@ from diffusers.pipelines.ltx2 import LTX2LatentUpsamplePipeline
 from diffusers.pipelines.ltx2.latent_upsampler import LTX2LatentUpsamplerModel
 
 from ..core.card import ModelCard
-from ..core.config import Placement, Precisions, WorkerConfig
+from ..core.config import Precisions, Tuning, WorkerConfig
 from ..core.errors import ConfigError
 from ..core.footprint import Room
 from ..core.host_memory import available_memory_bytes
@@ -38,7 +38,7 @@ from ..models.sizes import is_denoiser, precision_of
 from ..models.two_stages import TWO_STAGES, UPSAMPLER, has_upsampler
 from ..models.uses import Route, Use, pipelines_by_use, route
 from .beside import Shared
-from .fast.fp8 import Fp8Linears
+from .fast.fp8 import copy_to_fp8
 from .guidance import Habits
 from .long_prompts import read_in_chunks, reads_in_chunks
 from .lora.conversion import lora_modules
@@ -52,6 +52,7 @@ from .parallel.leader import Group, RunBoth
 from .parallel.mesh import share_cores
 from .placement import is_offloaded, offload, place, set_up_vae
 from .residency import Visitors
+from .tuning.choice import settled
 from .tuning.graphs import Graphs
 from .tuning.tune import tune
 
@@ -73,6 +74,7 @@ class ServedPipeline:
     runs_alone: bool  # its code changes the shared denoiser, so jobs run one by one
     visitors: Visitors  # components that are on the device for their calls
     graphs: Graphs | None  # of calls that are bound by launches
+    tuning: Tuning  # with nothing left open
     upsample: DiffusionPipeline | None = None  # enlarges latents between the two stages of a job
     run_both: RunBoth | None = None  # where a second group of ranks can run a call at the same time
     habits: Habits = field(default_factory=Habits)  # of jobs' second calls, to foretell them to that group
@@ -262,9 +264,9 @@ def prepare(
         _enable_step_cache(pipeline.components.values(), config.step_cache_threshold)
     networks = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
     away = frozenset(name for name in networks if is_offloaded(name, config.placement) and device.type != "cpu")
-    tuned = tune(
-        networks, frozenset(filter(is_denoiser, networks)), config.tuning, device, away, is_alone=group is None
-    )
+    named = {name: network for name, network in networks.items() if is_denoiser(name)}
+    tuning, chosen = settled(config.tuning, named, device, obstacle=_obstacle(config))
+    tuned = tune(networks, frozenset(named), tuning, device, away, is_alone=group is None)
     vae = pipeline.components.get("vae")
     decodes = group is not None and _splits_vae(vae, config)
     if group is not None:
@@ -272,7 +274,7 @@ def prepare(
         group.shard(denoisers, vae if decodes else None)
         logger.info("the VAE decodes %s", "on all of them" if decodes else "on the first of them")
     can_change = tuple(lora_modules(pipeline))
-    card = msgspec.structs.replace(card, lora_modules=can_change, tuning=tuned.lines, room=room)
+    card = msgspec.structs.replace(card, lora_modules=can_change, tuning=(*chosen, *tuned.lines), room=room)
     beside: set[str] = set()
     if goes_beside(config, device):
         # What comes and goes takes the room that others leave, and what all ranks run is in one order on all of them.
@@ -297,7 +299,7 @@ def prepare(
         if tuned.graphs is not None and config.degrees.sequence > 1:
             logger.info("calls of the denoiser run without CUDA graphs: in their middle devices wait for each other")
     if config.fp8_linears:
-        card = msgspec.structs.replace(card, tuning=(*card.tuning, *_copy_to_fp8(modules, config.placement, device)))
+        card = msgspec.structs.replace(card, tuning=(*card.tuning, *copy_to_fp8(modules, away, device)))
     visitors = offload(modules, config.placement, device)
     runs_alone = any(changes_its_denoiser(type(one)) for one in by_use.values())
     for one in {id(one): one for one in by_use.values()}.values():
@@ -315,26 +317,19 @@ def prepare(
         runs_alone=runs_alone,
         visitors=visitors,
         graphs=tuned.graphs,
+        tuning=tuning,
         upsample=upsample,
         run_both=group.run_both if group is not None and config.degrees.cfg > 1 else None,
     )
 
 
-def _copy_to_fp8(modules: Mapping[str, BigModule], placement: Placement, device: torch.device) -> list[str]:
-    """Lay copies in fp8 beside the weights of the denoisers' linear layers, and say so in a line for each.
-
-    Raises ConfigError where a denoiser is not on the device for good.
-    """
-    done: list[str] = []
-    for name, module in modules.items():
-        if module.is_denoiser:
-            if is_offloaded(name, placement):
-                raise ConfigError(f"--fp8-linears: there is no room to keep '{name}' on {device}.")
-            module.fp8 = Fp8Linears(module.module, device)
-            size = f"{module.fp8.num_bytes / 1e9:.2f} GB more"
-            done.append(f"{name}: {module.fp8.num_layers} linear layers also in fp8, {size}")
-            logger.info("%s", done[-1])
-    return done
+def _obstacle(config: WorkerConfig) -> str | None:
+    """Return the setting beside which no tuning is chosen that was not asked for."""
+    if config.degrees.world_size > 1:  # other ranks tune what they run by the settings alone
+        return "several devices"
+    if config.placement.dit_layerwise_offload:
+        return "--dit-layerwise-offload"
+    return None if config.step_cache == "none" else f"--step-cache {config.step_cache}"
 
 
 def goes_beside(config: WorkerConfig, device: torch.device) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import logging
 import threading
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -27,6 +28,8 @@ from .lora.serving import ModuleServing
 from .tuning.graphs import Graphs
 from .tuning.modulation import ModulationTable
 from .tuning.padding import without_padding
+
+logger = logging.getLogger(__name__)
 
 CallPhase = Literal["encode", "denoise", "decode"]
 
@@ -194,7 +197,11 @@ def twin_of(module: torch.nn.Module) -> torch.nn.Module | None:
     if any(part._compiled_call_impl is not None for part in module.modules()):
         return None
     weights = (*module.parameters(), *module.buffers())
-    return copy.deepcopy(module, {id(tensor): tensor for tensor in weights})
+    try:
+        return copy.deepcopy(module, {id(tensor): tensor for tensor in weights})
+    except (TypeError, RuntimeError) as error:  # something in it can be there only once
+        logger.info("%s has no twin: %s", type(module).__name__, error)
+        return None
 
 
 def forget_step_caches(module: torch.nn.Module, context_owner: str) -> None:

@@ -29,8 +29,8 @@ def warm_up(worker: Worker) -> None:
     card = worker.served.card
     if card.tasks[0] in ("I2I", "I2V"):
         return  # nothing to be drawn without a picture
-    compiles = worker.config.tuning.compile
-    prepares = compiles or worker.config.tuning.cuda_graphs
+    tuning = worker.served.tuning
+    compiles, prepares = tuning.compile, tuning.compile or tuning.cuda_graphs
     messages: list[ToHost] = []
     first = GenerateRequest(
         job_id=f"warm-up-{secrets.token_hex(4)}",

@@ -77,7 +77,7 @@ class Worker:
         self._pace = Pace(served.device, clock)
         self._peak = PeakMemory(served.device)
         self._vitals = VitalSigns(served.device, lambda: self.loras.num_switches)
-        graph_bytes = config.tuning.cuda_graph_memory_bytes if config.tuning.cuda_graphs else 0
+        graph_bytes = config.tuning.cuda_graph_memory_bytes if served.tuning.cuda_graphs else 0
         self._scheduler = Scheduler(
             SchedulerConfig(
                 max_batch_size=config.max_batch_size,

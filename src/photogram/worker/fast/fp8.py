@@ -10,14 +10,21 @@ Of activations M rows of tokens, K inputs, N outputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+import logging
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 
 from ...core.errors import ConfigError
 from ..tuning.kernels.ops import quantize_rows
+
+if TYPE_CHECKING:
+    from ..modules import BigModule
+
+logger = logging.getLogger(__name__)
 
 # `_scaled_mm` wants multiples of this; layers that are narrower than the second cost more to prepare than they save.
 _MULTIPLE, _MIN_WIDTH = 16, 32
@@ -105,6 +112,23 @@ class _Weight:
             use_fast_accum=True,
         )
         return product.to(dtype)
+
+
+def copy_to_fp8(modules: Mapping[str, BigModule], away: Collection[str], device: torch.device) -> list[str]:
+    """Lay copies in fp8 beside the weights of the denoisers' linear layers, and say so in a line for each.
+
+    Raises ConfigError where a denoiser is among those `away`, which are on the device for their calls only.
+    """
+    done: list[str] = []
+    for name, module in modules.items():
+        if module.is_denoiser:
+            if name in away:
+                raise ConfigError(f"--fp8-linears: there is no room to keep '{name}' on {device}.")
+            module.fp8 = Fp8Linears(module.module, device)
+            size = f"{module.fp8.num_bytes / 1e9:.2f} GB more"
+            done.append(f"{name}: {module.fp8.num_layers} linear layers also in fp8, {size}")
+            logger.info("%s", done[-1])
+    return done
 
 
 def check_device(device: torch.device) -> None:
