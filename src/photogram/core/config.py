@@ -98,6 +98,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     step_cache_threshold: float
     deterministic: bool
     warmup: bool
+    warmup_sizes: tuple[tuple[int, int, int | None], ...]  # width, height, frames
     memory_limit_bytes: int | None
     frames_dir: str
     log_level: LogLevel
@@ -176,6 +177,9 @@ class ServeConfig:
     enable_cfg_parallel: bool = setting(False, "the same as --cfg-parallel 2")
     # --- start
     warmup: bool = setting(True, "run one short generation before reporting ready")
+    warmup_resolutions: tuple[str, ...] = setting(
+        (), "WIDTHxHEIGHT, or WIDTHxHEIGHTxFRAMES, to warm up beside the model's own; may be repeated"
+    )
     # --- LoRA
     lora_path: tuple[str, ...] = setting((), "LoRA to set at the start: file, folder or hub id; may be repeated")
     lora_nickname: tuple[str, ...] = setting((), "its nickname; default: 'default', or file names for several")
@@ -286,6 +290,8 @@ class ServeConfig:
             raise ConfigError(f"--presigned-url-seconds {self.presigned_url_seconds}: must be from 0 to 604800.")
         if self.webhook_secret is not None:
             webhook_key(self.webhook_secret)
+        for text in self.warmup_resolutions:
+            _warmup_size(text)
         parse_keep(self.keep)
         parse_keep(self.keep_uploads, "--keep-uploads")
         self._check_loras()
@@ -386,6 +392,7 @@ class ServeConfig:
             step_cache_threshold=self.step_cache_threshold,
             deterministic=self.deterministic,
             warmup=self.warmup,
+            warmup_sizes=tuple(map(_warmup_size, self.warmup_resolutions)),
             memory_limit_bytes=None if limit_gb is None else int(limit_gb * 1e9),
             frames_dir=str(frames_dir),
             log_level=self.log_level,
@@ -398,6 +405,14 @@ class Keep:
 
     age_s: float | None
     size_bytes: int | None
+
+
+def _warmup_size(text: str) -> tuple[int, int, int | None]:
+    match = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})(?:x([1-9]\d{0,4}))?", text)
+    if match is None:
+        raise ConfigError(f"--warmup-resolutions '{text}': expected WIDTHxHEIGHT or WIDTHxHEIGHTxFRAMES.")
+    width, height, frames = match.groups()
+    return int(width), int(height), None if frames is None else int(frames)
 
 
 def webhook_key(secret: str) -> bytes:

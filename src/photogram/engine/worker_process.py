@@ -67,7 +67,7 @@ class WorkerProcess:
                 str(path),
                 stdin=asyncio.subprocess.DEVNULL,
                 start_new_session=True,
-                env=WORKER_ENVIRONMENT | _kept_in(kernels) | dict(os.environ),
+                env=WORKER_ENVIRONMENT | kept_in(kernels) | dict(os.environ),
             )
             ended = asyncio.ensure_future(process.wait())
             try:
@@ -117,9 +117,15 @@ class WorkerProcess:
             await self._process.wait()
 
 
-def _kept_in(kernels: Path) -> dict[str, str]:
-    """Where torch and Triton, which name what they keep by versions, device and code, are to keep compiled kernels.
+def kept_in(kernels: Path) -> dict[str, str]:
+    """Where torch, Triton and the driver, which name what they keep by versions, device and code, are to keep compiled
+    kernels; and Triton what it found to be the fastest of several, so that the next start has the same bits.
 
-    Both read it while they are imported.
+    They read it while they are loaded.
     """
-    return {"TORCHINDUCTOR_CACHE_DIR": str(kernels / "inductor"), "TRITON_CACHE_DIR": str(kernels / "triton")}
+    return {
+        "TORCHINDUCTOR_CACHE_DIR": str(kernels / "inductor"),
+        "TRITON_CACHE_DIR": str(kernels / "triton"),
+        "TRITON_CACHE_AUTOTUNING": "1",
+        "CUDA_CACHE_PATH": str(kernels / "cuda"),
+    }
