@@ -262,7 +262,7 @@ class Scheduler:
         return self._shares.finish_tag(job.owner, job.remaining_s)
 
     def _lead_beside(self, now: float, top: int) -> Job | None:
-        """Return the job whose call is to run beside the others', where there is such a one and they have work.
+        """Return the job whose call is to run beside what others do, or what one may come to do; None for no such job.
 
         Of what has never run neither price nor memory is known: that is found out by itself.
         """

@@ -44,7 +44,7 @@ class Reports:
     def progress(self, job: Job, eta_s: Callable[[], float | None]) -> None:
         """Tell how far the job is, once for each step: with guidance a step can be several calls."""
         done, num_steps = job.watch.steps_done, job.num_steps
-        if job.phase == "queued" or job.reported == (job.phase, done):
+        if job.reported == (job.phase, done):
             return
         job.reported = (job.phase, done)
         share = {"encode": 0.0, "denoise": ENCODE_SHARE, "decode": 1 - DECODE_SHARE}[job.phase]
