@@ -20,7 +20,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +42,7 @@ from worker.drawing import Studio
 
 DEMO = ROOT / "src" / "photogram" / "demo"
 PROMPTS_SEED = 31_337  # training and its scores use others
+SUBJECTS = ("pictures", "clips")
 Judge = Callable[[Sequence[np.ndarray]], float]
 
 
@@ -203,23 +203,23 @@ def _line(row: Mapping[str, Any]) -> str:
     return f"| {row['subject']}: {row['variant']} | {row['calls_left_out']:.0%} {alike}| {row['right']:.0%} |"
 
 
-def save(rows: list[dict[str, Any]], chosen: argparse.Namespace) -> None:
+def save(name: str, rows: list[dict[str, Any]], chosen: argparse.Namespace) -> None:
     """Write what there is, so that a run that is cut off leaves it."""
     result = {
         "command": " ".join(["python benchmarks/quality.py", *sys.argv[1:]]),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
         "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},
-        "pictures": chosen.pictures,
-        "clips": chosen.clips,
+        "count": getattr(chosen, name),
         "recipes": {mode: describe_mode(mode) for mode in RECIPES},
         "rows": rows,
     }
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
-    (chosen.out / f"{today}-quality-modes.json").write_text(json.dumps(result, indent=1) + "\n")
+    (chosen.out / f"{today}-quality-modes-{name}.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("subjects", nargs="*", help=f"any of {', '.join(SUBJECTS)}; default: all")
     parser.add_argument("--pictures", type=int, default=24, help="pictures for each variant")
     parser.add_argument("--clips", type=int, default=8, help="clips for each variant")
     parser.add_argument("--picture-steps", type=int, default=16)
@@ -227,23 +227,27 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="two of each in eight steps")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder for the result")
     chosen = parser.parse_args()
+    if unknown := set(chosen.subjects) - set(SUBJECTS):
+        parser.error(f"no such subject: {', '.join(sorted(unknown))}")
     if chosen.tiny:
         chosen.pictures = chosen.clips = 2
         chosen.picture_steps = chosen.clip_steps = 8
     with tempfile.TemporaryDirectory() as scratch, torch.inference_mode():
         image = pictures(Path(scratch), num=chosen.pictures, steps=chosen.picture_steps)
         distance = FeatureDistance(image.studio.served.pipeline.vae)
-        video = clips(Path(scratch), num=chosen.clips, steps=chosen.clip_steps)
         print("\n".join(HEAD))
-        rows: list[dict[str, Any]] = []
-        for row in chain(
-            compare(image, [one for one in variants() if not one.for_clips_only], distance),
-            compare(video, variants(), distance),
-        ):
-            rows.append(row)
-            print(_line(row), flush=True)
-            if not chosen.tiny:
-                save(rows, chosen)
+        for name in chosen.subjects or SUBJECTS:
+            if name == "clips":
+                video = clips(Path(scratch), num=chosen.clips, steps=chosen.clip_steps)
+                figures = compare(video, variants(), distance)
+            else:
+                figures = compare(image, [one for one in variants() if not one.for_clips_only], distance)
+            rows: list[dict[str, Any]] = []
+            for row in figures:
+                rows.append(row)
+                print(_line(row), flush=True)
+                if not chosen.tiny:
+                    save(name, rows, chosen)
 
 
 if __name__ == "__main__":

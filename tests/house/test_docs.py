@@ -51,7 +51,7 @@ def known_flags() -> set[str]:
         helped = subprocess.run(
             [sys.executable, "-m", "photogram", command, "--help"], capture_output=True, text=True, check=True
         )
-        known |= set(re.findall(r"--[a-z][a-z-]*", helped.stdout))
+        known |= set(re.findall(r"--[a-z][a-z0-9-]*", helped.stdout))
     return known
 
 
@@ -60,5 +60,5 @@ def test_every_flag_that_a_page_names_exists(page: Path, known_flags: set[str]) 
     named = set()
     for line in page.read_text().splitlines():
         if re.search(r"^\s*(photogram|make serve)|`--|photogram (serve|generate|doctor)", line):
-            named |= set(re.findall(r"(?<![\w-])--[a-z][a-z_-]*[a-z]\b(?!-`)", line.replace("_", "-")))
+            named |= set(re.findall(r"(?<![\w-])--[a-z][a-z0-9_-]*[a-z0-9]\b(?!-`)", line.replace("_", "-")))
     assert named <= known_flags
