@@ -33,6 +33,7 @@ class NormCase:
     shifted: bool = True
     shared_vectors: bool = False
     strided_rows: bool = False
+    normed_branch: bool = False
 
     def _made(self, device: torch.device, dtype: torch.dtype):
         generator = torch.Generator("cpu").manual_seed(self.seed)
@@ -50,16 +51,17 @@ class NormCase:
         modulation = None
         if self.modulated:
             modulation = Modulation(scale=vectors[1], shift=vectors[2] if self.shifted else None)
-        return x, branch, gate, norm, modulation
+        branch_norm = Norm(eps=1e-5, is_rms=True, weight=normal(self.width)) if self.normed_branch else None
+        return x, branch, gate, norm, modulation, branch_norm
 
     def check(self, device: torch.device) -> None:
         from photogram.worker.tuning.kernels import norm as kernels
 
-        x, branch, gate, norm, modulation = self._made(device, self.dtype)
+        x, branch, gate, norm, modulation, branch_norm = self._made(device, self.dtype)
         _close(kernels.norm_modulate(x, norm, modulation), reference.norm_modulate(x, norm, modulation))
-        _close(kernels.add_gated(x, branch, gate), reference.add_gated(x, branch, gate))
-        total, out = kernels.add_gated_norm_modulate(x, branch, gate, norm, modulation)
-        expected_total, _ = reference.add_gated_norm_modulate(x, branch, gate, norm, modulation)
+        _close(kernels.add_gated(x, branch, gate, branch_norm), reference.add_gated(x, branch, gate, branch_norm))
+        total, out = kernels.add_gated_norm_modulate(x, branch, gate, norm, modulation, branch_norm)
+        expected_total, _ = reference.add_gated_norm_modulate(x, branch, gate, norm, modulation, branch_norm)
         _close(total, expected_total)
         # From the kernel's own sum, as an ulp of a sum near zero is much after the normalization.
         _close(out, reference.norm_modulate(total, norm, modulation))
@@ -122,6 +124,7 @@ def norm_case(draw: st.DrawFn) -> NormCase:
         shifted=draw(flag),
         shared_vectors=draw(flag),
         strided_rows=draw(flag),
+        normed_branch=draw(flag),
     )
 
 

@@ -11,6 +11,7 @@ from photogram.worker.tuning.blocks import wan_vae
 from photogram.worker.tuning.blocks.parts import linear_of_joined, side_by_side
 from photogram.worker.tuning.compiling import compile_repeated, repeated_parts
 from photogram.worker.tuning.fusing import fuse
+from photogram.worker.tuning.joining import join_products
 from photogram.worker.tuning.kernels import reference
 from photogram.worker.tuning.kernels.ops import can_fuse
 from photogram.worker.tuning.memory_format import use_channels_last
@@ -65,6 +66,7 @@ def test_fused_blocks_are_compiled_without_a_break(name, family_folder, tmp_path
     for denoiser in FAMILIES[name].denoisers:
         network = studio.served.modules[denoiser].module
         fuse(network)
+        assert join_products(network) > 0
         compile_repeated(network, backend="eager", fullgraph=True)
     request = requests_of(name)[0]
     assert studio.draw([request])[request.job_id].failure is None
@@ -155,7 +157,7 @@ def test_a_chain_rounded_once_is_nearer_to_the_exact_result_than_its_steps():
     exact = exact * (1 + scale.double()[:, None]) + shift.double()[:, None]
     total = x + gate[:, None] * branch
     steps = torch.nn.functional.layer_norm(total, (256,), eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
-    fused_total, fused = reference.add_gated_norm_modulate(x, branch, gate, norm, modulation)
+    fused_total, fused = reference.add_gated_norm_modulate(x, branch, gate, norm, modulation, None)
     assert error(fused_total, exact_total) <= error(total, exact_total)
     assert error(fused, exact) < error(steps, exact)
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
-from photogram.worker.tuning.blocks.parts import FirstOfJoined, products
+from photogram.worker.tuning.blocks.parts import FirstOfJoined, products, products_of_both
 from photogram.worker.tuning.fusing import fuse
-from photogram.worker.tuning.joining import join_products
+from photogram.worker.tuning.joining import join_layers, join_products
 
 from .drawing import Studio, draw_alone, relative_error
 from .lora.test_weights import digest, set_loras, uses_for
@@ -90,3 +90,19 @@ def test_weights_that_were_moved_apart_are_used_as_they_are_now(family_folder):
         layers = (moved.to_q, moved.to_k, moved.to_v)
         for part, layer in zip(products(x, *layers), layers, strict=True):
             torch.testing.assert_close(part, torch.nn.functional.linear(x, layer.weight, layer.bias))
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+@pytest.mark.parametrize("bias", [True, False])
+@torch.inference_mode()
+def test_products_of_two_streams_lie_side_by_side(samples, bias):
+    streams = [torch.nn.ModuleList(torch.nn.Linear(8, 6, bias=bias) for _ in range(3)) for _ in range(2)]
+    inputs = [torch.randn(samples, tokens, 8) for tokens in (3, 5)]
+    expected = [[layer(x) for layer in layers] for layers, x in zip(streams, inputs, strict=True)]
+    for layers in streams:
+        join_layers(list(layers))
+    texts, pictures, last = products_of_both(*inputs, *(list(layers) for layers in streams))
+    for result, exact in zip((*texts, *pictures), (*expected[0], *expected[1]), strict=True):
+        torch.testing.assert_close(result, exact)
+    torch.testing.assert_close(last, torch.cat((expected[0][-1], expected[1][-1]), dim=1))
+    assert (last.untyped_storage().data_ptr() == texts[0].untyped_storage().data_ptr()) == (samples == 1)

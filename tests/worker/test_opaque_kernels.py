@@ -28,9 +28,9 @@ def test_operators_keep_what_they_declare():
     operators = torch.ops.photogram
     cases = (
         (operators.norm_modulate, (x, *flat)),
-        (operators.add_gated, (x, branch, gate)),
-        (operators.add_gated, (x, branch, None)),
-        (operators.add_gated_norm_modulate, (x, branch, gate, *flat)),
+        (operators.add_gated, (x, branch, gate, 0.0, None)),
+        (operators.add_gated, (x, branch, None, 1e-6, norm.weight)),
+        (operators.add_gated_norm_modulate, (x, branch, gate, 1e-6, norm.weight, *flat)),
         (operators.norm_rotate, (*rotation(5, 2, 8), torch.empty(2, 5, 2, 8))),
         (operators.gated, (*normal(5, 16).chunk(2, dim=-1), "silu")),
         (operators.linear_gelu, (normal(5, 16), normal(8, 16), normal(8))),
@@ -42,14 +42,15 @@ def test_operators_keep_what_they_declare():
 
 def every_chain(kernels, x, branch, gate, norm, modulation, turned):
     """Return what each chain makes of its arguments, one of another's result, some into a part of a larger tensor."""
-    total, out = kernels.add_gated_norm_modulate(x, branch, gate, norm, modulation)
+    of_branch = Norm(eps=1e-5, is_rms=True, weight=norm.weight)
+    total, out = kernels.add_gated_norm_modulate(x, branch, gate, norm, modulation, of_branch)
     query, *angles = turned
     both = torch.zeros(query.shape[0], 2 * query.shape[1], *query.shape[2:], dtype=query.dtype, device=query.device)
     kernels.norm_rotate(query, *angles, both[:, query.shape[1] :])
     pixels = query.movedim(2, 1)[..., None].contiguous(memory_format=torch.channels_last_3d)
     activated = torch.empty_like(pixels)
     kernels.rms_silu(pixels, torch.ones(pixels.shape[1], dtype=x.dtype, device=x.device), 2.0, activated)
-    again = kernels.norm_modulate(kernels.add_gated(total, out, None), norm, None)
+    again = kernels.norm_modulate(kernels.add_gated(total, out, None, None), norm, None)
     rows = x.flatten(0, 1)
     gated = kernels.gated(*rows.chunk(2, dim=-1), "gelu_tanh")
     weight = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)

@@ -31,7 +31,7 @@ def join_products(network: torch.nn.Module) -> int:
         for names in _OF_CROSS if vars(attention).get("is_cross_attention") else _OF_SELF:
             layers = [attention._modules.get(name) for name in names]
             if _alike(layers):
-                _join([layer for layer in layers if layer is not None])
+                join_layers([layer for layer in layers if layer is not None])
                 joined += 1
     return joined
 
@@ -48,7 +48,8 @@ def _alike(layers: Sequence[torch.nn.Module | None]) -> bool:
     return len(kinds) == 1
 
 
-def _join(layers: Sequence[torch.nn.Module]) -> None:
+def join_layers(layers: Sequence[torch.nn.Module]) -> None:
+    """Lay the weights, and the biases, of linear layers one after the other, in place."""
     parts: dict[str, torch.Tensor] = {}
     for name in ("weight", "bias"):
         own = [layer._parameters[name] for layer in layers]

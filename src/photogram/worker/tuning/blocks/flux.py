@@ -15,30 +15,30 @@ from diffusers.models.transformers.transformer_flux import (
 
 from ..kernels.ops import add_gated, add_gated_norm_modulate, norm_modulate
 from ..kernels.reference import Modulation
-from .parts import Rotation, joined, layer_norm, linear_gelu, linear_of_joined, products, side_by_side
+from .parts import Rotation, joined, layer_norm, linear_gelu, linear_of_joined, products, products_of_both, side_by_side
 
 
 def projected(
     attn: Any, hidden_states: torch.Tensor, text: torch.Tensor | None, rotation: Rotation
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return queries, keys and values (B, S, H, W) of the text's tokens, where there are any, and the picture's."""
-    query, key, value = (
-        part.unflatten(-1, (-1, attn.head_dim)) for part in products(hidden_states, attn.to_q, attn.to_k, attn.to_v)
-    )
+    of_picture = (attn.to_q, attn.to_k, attn.to_v)
     if text is None:
+        query, key, value = (part.unflatten(-1, (-1, attn.head_dim)) for part in products(hidden_states, *of_picture))
         return rotation.turned(query, attn.norm_q), rotation.turned(key, attn.norm_k), value
-    text_query, text_key, text_value = (
-        part.unflatten(-1, (-1, attn.head_dim))
-        for part in products(text, attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+    of_text = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+    texts, pictures, values = products_of_both(text, hidden_states, of_text, of_picture)
+    text_query, text_key, query, key, values = (
+        part.unflatten(-1, (-1, attn.head_dim)) for part in (*texts[:2], *pictures[:2], values)
     )
-    of_text, of_picture = rotation.part(slice(0, text.shape[1])), rotation.part(slice(text.shape[1], None))
+    text_turns, turns = rotation.part(slice(0, text.shape[1])), rotation.part(slice(text.shape[1], None))
     queries, first, second = joined(text_query, query)
-    of_text.turned(text_query, attn.norm_added_q, first)
-    of_picture.turned(query, attn.norm_q, second)
+    text_turns.turned(text_query, attn.norm_added_q, first)
+    turns.turned(query, attn.norm_q, second)
     keys, first, second = joined(text_key, key)
-    of_text.turned(text_key, attn.norm_added_k, first)
-    of_picture.turned(key, attn.norm_k, second)
-    return queries, keys, torch.cat((text_value, value), dim=1)
+    text_turns.turned(text_key, attn.norm_added_k, first)
+    turns.turned(key, attn.norm_k, second)
+    return queries, keys, values
 
 
 class FusedFluxProcessor(FluxAttnProcessor):

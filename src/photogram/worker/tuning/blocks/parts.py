@@ -39,17 +39,52 @@ class FirstOfJoined(torch.nn.Linear):
 
 def products(x: torch.Tensor, *layers: torch.nn.Linear) -> tuple[torch.Tensor, ...]:
     """Return the results of layers that share an input, parts of one where their weights are joined."""
-    first = layers[0]
-    if not isinstance(first, FirstOfJoined) or not all(map(is_called_only, layers)) or not _is_whole(first, layers):
+    first = _joined(layers)
+    if first is None:
         return tuple(layer(x) for layer in layers)
     return F.linear(x, first.joined_weight, first.joined_bias).split([layer.out_features for layer in layers], dim=-1)
 
 
-def _is_whole(first: FirstOfJoined, layers: Sequence[torch.nn.Linear]) -> bool:
-    """Say whether these are the layers that were joined, and their weights where they were then."""
+def products_of_both(
+    text_BSD: torch.Tensor,
+    picture_BSD: torch.Tensor,
+    text_layers: Sequence[torch.nn.Linear],
+    picture_layers: Sequence[torch.nn.Linear],
+) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor], torch.Tensor]:
+    """Return the results of each stream's layers, and those of the last layers as one, the text's tokens first.
+
+    The two products of one sample are written side by side, so that there is nothing to join.
+    """
+    of_text, of_picture = _joined(text_layers), _joined(picture_layers)
+    is_free = not torch.compiler.is_compiling() and not torch.is_grad_enabled() and len(text_BSD) == 1
+    if of_text is None or of_picture is None or not is_free:
+        texts, pictures = products(text_BSD, *text_layers), products(picture_BSD, *picture_layers)
+        return texts, pictures, torch.cat((texts[-1], pictures[-1]), dim=1)
+    tokens = text_BSD.shape[1]
+    both = text_BSD.new_empty((1, tokens + picture_BSD.shape[1], len(of_text.joined_weight)))
+    _write_product(text_BSD[0], of_text, both[0, :tokens])
+    _write_product(picture_BSD[0], of_picture, both[0, tokens:])
+    parts = both.split([layer.out_features for layer in text_layers], dim=-1)
+    return [part[:, :tokens] for part in parts], [part[:, tokens:] for part in parts], parts[-1]
+
+
+def _write_product(x_SD: torch.Tensor, first: FirstOfJoined, out_SD: torch.Tensor) -> None:
+    weights = first.joined_weight.t()
+    if first.joined_bias is None:
+        torch.mm(x_SD, weights, out=out_SD)
+    else:
+        torch.addmm(first.joined_bias, x_SD, weights, out=out_SD)
+
+
+def _joined(layers: Sequence[torch.nn.Linear]) -> FirstOfJoined | None:
+    """Return the first of layers that are joined as they were, their weights where they were then."""
+    first = layers[0]
+    if not isinstance(first, FirstOfJoined) or not all(map(is_called_only, layers)):
+        return None
     if len(first.joined_weight) != sum(layer.out_features for layer in layers):
-        return False
-    return torch.compiler.is_compiling() or first.weight.data_ptr() == first.joined_weight.data_ptr()
+        return None
+    stands = torch.compiler.is_compiling() or first.weight.data_ptr() == first.joined_weight.data_ptr()
+    return first if stands else None
 
 
 def linear_gelu(linear: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:

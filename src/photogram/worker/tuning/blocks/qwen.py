@@ -14,7 +14,7 @@ from diffusers.models.transformers.transformer_qwenimage import (
 
 from ..kernels.ops import add_gated, add_gated_norm_modulate, norm_modulate
 from ..kernels.reference import Modulation
-from .parts import Rotation, joined, layer_norm, products
+from .parts import Rotation, joined, layer_norm, products_of_both
 
 MODULATION_ROWS = "modulation_rows"
 """Among a call's `attention_kwargs`: the row of each sample in the blocks' tables of modulation."""
@@ -41,20 +41,22 @@ class FusedQwenProcessor(QwenDoubleStreamAttnProcessor2_0):
             )
         width = attn.inner_dim // attn.heads
         num_text = encoder_hidden_states.shape[1]
-        of_picture, of_text = (Rotation.of_complex(turns) for turns in image_rotary_emb)
-        query, key, value = (
-            part.unflatten(-1, (-1, width)) for part in products(hidden_states, attn.to_q, attn.to_k, attn.to_v)
+        turns, text_turns = (Rotation.of_complex(table) for table in image_rotary_emb)
+        texts, pictures, values = products_of_both(
+            encoder_hidden_states,
+            hidden_states,
+            (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj),
+            (attn.to_q, attn.to_k, attn.to_v),
         )
-        text_query, text_key, text_value = (
-            part.unflatten(-1, (-1, width))
-            for part in products(encoder_hidden_states, attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+        text_query, text_key, query, key, values = (
+            part.unflatten(-1, (-1, width)) for part in (*texts[:2], *pictures[:2], values)
         )
         queries, first, second = joined(text_query, query)
-        of_text.turned(text_query, attn.norm_added_q, first)
-        of_picture.turned(query, attn.norm_q, second)
+        text_turns.turned(text_query, attn.norm_added_q, first)
+        turns.turned(query, attn.norm_q, second)
         keys, first, second = joined(text_key, key)
-        of_text.turned(text_key, attn.norm_added_k, first)
-        of_picture.turned(key, attn.norm_k, second)
+        text_turns.turned(text_key, attn.norm_added_k, first)
+        turns.turned(key, attn.norm_k, second)
         mask = None
         if encoder_hidden_states_mask is not None:
             seen = encoder_hidden_states_mask.new_ones(hidden_states.shape[:2], dtype=torch.bool)
@@ -62,7 +64,7 @@ class FusedQwenProcessor(QwenDoubleStreamAttnProcessor2_0):
         attended = dispatch_attention_fn(
             queries,
             keys,
-            torch.cat((text_value, value), dim=1),
+            values,
             attn_mask=mask,
             backend=self._attention_backend,
             parallel_config=self._parallel_config,

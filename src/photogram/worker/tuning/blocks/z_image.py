@@ -74,7 +74,6 @@ class FusedZImageBlock(ZImageTransformerBlock):
             norm_modulate(x, rms_norm(self.attention_norm1), before), attention_mask=attn_mask, freqs_cis=freqs_cis
         )
         x, normed = add_gated_norm_modulate(
-            x, norm_modulate(branch, rms_norm(self.attention_norm2)), gate, rms_norm(self.ffn_norm1), before_mlp
+            x, branch, gate, rms_norm(self.ffn_norm1), before_mlp, branch_norm=rms_norm(self.attention_norm2)
         )
-        branch = norm_modulate(self.feed_forward(normed), rms_norm(self.ffn_norm2))
-        return add_gated(x, branch, gate_mlp)
+        return add_gated(x, self.feed_forward(normed), gate_mlp, branch_norm=rms_norm(self.ffn_norm2))

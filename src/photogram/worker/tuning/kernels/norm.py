@@ -14,11 +14,11 @@ from .reference import Modulation, Norm
 
 @triton.jit
 def _chain(
-    x, branch, gate, total, out, weight, bias, scale, shift,
+    x, branch, branch_weight, gate, total, out, weight, bias, scale, shift,
     tokens, width,
     x_row, x_batch, branch_row, branch_batch, gate_batch, scale_batch, shift_batch,
-    eps,
-    ADDS: tl.constexpr, GATES: tl.constexpr, NORMS: tl.constexpr, IS_RMS: tl.constexpr,
+    eps, branch_eps,
+    ADDS: tl.constexpr, NORMS_BRANCH: tl.constexpr, GATES: tl.constexpr, NORMS: tl.constexpr, IS_RMS: tl.constexpr,
     HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, SCALES: tl.constexpr, SHIFTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -29,6 +29,9 @@ def _chain(
     if ADDS:
         added = tl.load(branch + sample * branch_batch + token * branch_row + column, mask=inside, other=0.0)
         added = added.to(tl.float32)
+        if NORMS_BRANCH:
+            added *= tl.rsqrt(tl.sum(added * added, 0) / width + branch_eps)
+            added *= tl.load(branch_weight + column, mask=inside, other=0.0).to(tl.float32)
         if GATES:
             added *= tl.load(gate + sample * gate_batch + column, mask=inside, other=0.0).to(tl.float32)
         # What is normalized is the sum as it is kept.
@@ -51,11 +54,13 @@ def _chain(
 
 
 def norm_modulate(x_BSD: torch.Tensor, norm: Norm, modulation: Modulation | None) -> torch.Tensor:
-    return _launch(x_BSD, None, None, norm, modulation)[1]
+    return _launch(x_BSD, None, None, norm, modulation, None)[1]
 
 
-def add_gated(x_BSD: torch.Tensor, branch_BSD: torch.Tensor, gate_BD: torch.Tensor | None) -> torch.Tensor:
-    return _launch(x_BSD, branch_BSD, gate_BD, None, None)[0]
+def add_gated(
+    x_BSD: torch.Tensor, branch_BSD: torch.Tensor, gate_BD: torch.Tensor | None, branch_norm: Norm | None
+) -> torch.Tensor:
+    return _launch(x_BSD, branch_BSD, gate_BD, None, None, branch_norm)[0]
 
 
 def add_gated_norm_modulate(
@@ -64,8 +69,9 @@ def add_gated_norm_modulate(
     gate_BD: torch.Tensor | None,
     norm: Norm,
     modulation: Modulation | None,
+    branch_norm: Norm | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return _launch(x_BSD, branch_BSD, gate_BD, norm, modulation)
+    return _launch(x_BSD, branch_BSD, gate_BD, norm, modulation, branch_norm)
 
 
 def _launch(
@@ -74,6 +80,7 @@ def _launch(
     gate: torch.Tensor | None,
     norm: Norm | None,
     modulation: Modulation | None,
+    branch_norm: Norm | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the sum and what is made of it; one that is not asked for is `x` itself."""
     x = _rows_dense(x)
@@ -85,14 +92,18 @@ def _launch(
     weight, bias = (None, None) if norm is None else (norm.weight, norm.bias)
     scale, shift = (None, None) if modulation is None else (_dense(modulation.scale), _dense(modulation.shift))
     gate = _dense(gate)
+    branch_weight = None if branch_norm is None else branch_norm.weight
+    assert branch_norm is None or (branch_norm.is_rms and branch_weight is not None and branch_norm.bias is None)
     block = triton.next_power_of_2(width)
     _chain[(samples * tokens,)](
-        x, branch, _or(gate, x), total, out, _or(weight, x), _or(bias, x), _or(scale, x), _or(shift, x),
+        x, branch, _or(branch_weight, x), _or(gate, x), total, out,
+        _or(weight, x), _or(bias, x), _or(scale, x), _or(shift, x),
         tokens, width,
         x.stride(1), x.stride(0), branch.stride(1), branch.stride(0),
         _batch_stride(gate), _batch_stride(scale), _batch_stride(shift),
-        0.0 if norm is None else norm.eps,
-        ADDS=adds, GATES=gate is not None, NORMS=norms, IS_RMS=norm is not None and norm.is_rms,
+        0.0 if norm is None else norm.eps, 0.0 if branch_norm is None else branch_norm.eps,
+        ADDS=adds, NORMS_BRANCH=branch_norm is not None, GATES=gate is not None, NORMS=norms,
+        IS_RMS=norm is not None and norm.is_rms,
         HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None, SCALES=scale is not None, SHIFTS=shift is not None,
         BLOCK=block, num_warps=min(16, max(4, block // 512)),
     )  # fmt: skip

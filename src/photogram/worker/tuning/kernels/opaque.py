@@ -19,8 +19,10 @@ def norm_modulate(x_BSD: torch.Tensor, norm: Norm, modulation: Modulation | None
     return _norm_modulate(x_BSD, *_flat(norm, modulation))
 
 
-def add_gated(x_BSD: torch.Tensor, branch_BSD: torch.Tensor, gate_BD: torch.Tensor | None) -> torch.Tensor:
-    return _add_gated(x_BSD, branch_BSD, gate_BD)
+def add_gated(
+    x_BSD: torch.Tensor, branch_BSD: torch.Tensor, gate_BD: torch.Tensor | None, branch_norm: Norm | None
+) -> torch.Tensor:
+    return _add_gated(x_BSD, branch_BSD, gate_BD, *_flat_branch(branch_norm))
 
 
 def add_gated_norm_modulate(
@@ -29,8 +31,10 @@ def add_gated_norm_modulate(
     gate_BD: torch.Tensor | None,
     norm: Norm,
     modulation: Modulation | None,
+    branch_norm: Norm | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return _add_gated_norm_modulate(x_BSD, branch_BSD, gate_BD, *_flat(norm, modulation))
+    branch = _flat_branch(branch_norm)
+    return _add_gated_norm_modulate(x_BSD, branch_BSD, gate_BD, *branch, *_flat(norm, modulation))
 
 
 def norm_rotate(
@@ -79,12 +83,18 @@ def _(x, eps, is_rms, weight, bias, scale, shift):  # noqa: ANN001, ANN202
 
 
 @torch.library.custom_op("photogram::add_gated", mutates_args=())
-def _add_gated(x: torch.Tensor, branch: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
-    return _of(x, "norm").add_gated(x, branch, gate)
+def _add_gated(
+    x: torch.Tensor,
+    branch: torch.Tensor,
+    gate: torch.Tensor | None,
+    branch_eps: float,
+    branch_weight: torch.Tensor | None,
+) -> torch.Tensor:
+    return _of(x, "norm").add_gated(x, branch, gate, _structured_branch(branch_eps, branch_weight))
 
 
 @_add_gated.register_fake
-def _(x, branch, gate):  # noqa: ANN001, ANN202
+def _(x, branch, gate, branch_eps, branch_weight):  # noqa: ANN001, ANN202
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
@@ -93,6 +103,8 @@ def _add_gated_norm_modulate(
     x: torch.Tensor,
     branch: torch.Tensor,
     gate: torch.Tensor | None,
+    branch_eps: float,
+    branch_weight: torch.Tensor | None,
     eps: float,
     is_rms: bool,
     weight: torch.Tensor | None,
@@ -101,11 +113,12 @@ def _add_gated_norm_modulate(
     shift: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     chain = _structured(eps, is_rms, weight, bias, scale, shift)
-    return _of(x, "norm").add_gated_norm_modulate(x, branch, gate, *chain)
+    branch_norm = _structured_branch(branch_eps, branch_weight)
+    return _of(x, "norm").add_gated_norm_modulate(x, branch, gate, *chain, branch_norm)
 
 
 @_add_gated_norm_modulate.register_fake
-def _(x, branch, gate, eps, is_rms, weight, bias, scale, shift):  # noqa: ANN001, ANN202
+def _(x, branch, gate, branch_eps, branch_weight, eps, is_rms, weight, bias, scale, shift):  # noqa: ANN001, ANN202
     total, out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
     return total, out
 
@@ -166,6 +179,14 @@ def _structured(
 ) -> tuple[Norm, Modulation | None]:
     modulation = None if scale is None else Modulation(scale, shift)
     return Norm(eps=eps, is_rms=is_rms, weight=weight, bias=bias), modulation
+
+
+def _flat_branch(norm: Norm | None) -> tuple[float, torch.Tensor | None]:
+    return (0.0, None) if norm is None else (norm.eps, norm.weight)
+
+
+def _structured_branch(eps: float, weight: torch.Tensor | None) -> Norm | None:
+    return None if weight is None else Norm(eps=eps, is_rms=True, weight=weight)
 
 
 def _of(x: torch.Tensor, name: str) -> ModuleType:

@@ -23,10 +23,14 @@ def norm_modulate(x_BSD: torch.Tensor, norm: Norm, modulation: Modulation | None
     return reference.norm_modulate(x_BSD, norm, modulation)
 
 
-def add_gated(x_BSD: torch.Tensor, branch_BSD: torch.Tensor, gate_BD: torch.Tensor | None = None) -> torch.Tensor:
-    if x_BSD.is_cuda:
-        return _chains("norm").add_gated(x_BSD, branch_BSD, gate_BD)
-    return reference.add_gated(x_BSD, branch_BSD, gate_BD)
+def add_gated(
+    x_BSD: torch.Tensor,
+    branch_BSD: torch.Tensor,
+    gate_BD: torch.Tensor | None = None,
+    branch_norm: Norm | None = None,
+) -> torch.Tensor:
+    chains = _chains("norm") if x_BSD.is_cuda else reference
+    return chains.add_gated(x_BSD, branch_BSD, gate_BD, branch_norm)
 
 
 def add_gated_norm_modulate(
@@ -35,10 +39,10 @@ def add_gated_norm_modulate(
     gate_BD: torch.Tensor | None,
     norm: Norm,
     modulation: Modulation | None = None,
+    branch_norm: Norm | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    if x_BSD.is_cuda:
-        return _chains("norm").add_gated_norm_modulate(x_BSD, branch_BSD, gate_BD, norm, modulation)
-    return reference.add_gated_norm_modulate(x_BSD, branch_BSD, gate_BD, norm, modulation)
+    chains = _chains("norm") if x_BSD.is_cuda else reference
+    return chains.add_gated_norm_modulate(x_BSD, branch_BSD, gate_BD, norm, modulation, branch_norm)
 
 
 def norm_rotate(

@@ -41,9 +41,12 @@ def norm_modulate(x_BSD: torch.Tensor, norm: Norm, modulation: Modulation | None
     return _normalized(x_BSD.float(), norm, modulation).to(x_BSD.dtype)
 
 
-def add_gated(x_BSD: torch.Tensor, branch_BSD: torch.Tensor, gate_BD: torch.Tensor | None) -> torch.Tensor:
-    """Return `x + gate * branch`; without a gate, `x + branch`."""
-    return _sum(x_BSD, branch_BSD, gate_BD).to(x_BSD.dtype)
+def add_gated(
+    x_BSD: torch.Tensor, branch_BSD: torch.Tensor, gate_BD: torch.Tensor | None, branch_norm: Norm | None
+) -> torch.Tensor:
+    """Return `x + gate * branch`; without a gate, `x + branch`. With a `branch_norm`, of roots of mean squares and with
+    a weight, the branch is normalized first."""
+    return _sum(x_BSD, branch_BSD, gate_BD, branch_norm).to(x_BSD.dtype)
 
 
 def add_gated_norm_modulate(
@@ -52,9 +55,10 @@ def add_gated_norm_modulate(
     gate_BD: torch.Tensor | None,
     norm: Norm,
     modulation: Modulation | None,
+    branch_norm: Norm | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the sum of `add_gated`, and it normalized and modulated."""
-    total = _sum(x_BSD, branch_BSD, gate_BD).to(x_BSD.dtype)
+    total = _sum(x_BSD, branch_BSD, gate_BD, branch_norm).to(x_BSD.dtype)
     return total, norm_modulate(total, norm, modulation)
 
 
@@ -111,8 +115,12 @@ def quantize_rows(x_MK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (x / scales).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), scales
 
 
-def _sum(x_BSD: torch.Tensor, branch_BSD: torch.Tensor, gate_BD: torch.Tensor | None) -> torch.Tensor:
+def _sum(
+    x_BSD: torch.Tensor, branch_BSD: torch.Tensor, gate_BD: torch.Tensor | None, branch_norm: Norm | None
+) -> torch.Tensor:
     branch = branch_BSD.float()
+    if branch_norm is not None:
+        branch = _normalized(branch, branch_norm, None)
     return x_BSD.float() + (branch if gate_BD is None else branch * gate_BD.float()[:, None])
 
 
