@@ -94,6 +94,39 @@ def test_wans_vae_encodes_and_decodes_the_same_in_chunks_of_any_length(name, tog
         )
 
 
+@torch.inference_mode()
+def test_convolutions_of_wans_vae_join_no_frames_and_are_called_as_such(family_folder):
+    vae = AutoencoderKLWan.from_pretrained(family_folder("wan-2.1") / "vae").eval()
+    latents = torch.randn(1, 16, 4, 6, 8, generator=torch.Generator().manual_seed(0))
+    expected = vae.decode(latents).sample
+    fuse(vae)
+    called: set[str] = set()
+    joined: list[str] = []
+
+    def watched(name: str, convolution: torch.nn.Module) -> None:
+        real = convolution.forward
+
+        def forward(x, *before):
+            called.add(name)
+            if before and before[0] is not None:
+                whole = wan_vae._after(before[0], x)
+                if whole.untyped_storage().data_ptr() != x.untyped_storage().data_ptr():
+                    joined.append(name)
+                assert torch.equal(whole, torch.cat((before[0], x), dim=2))
+            return real(x, *before)
+
+        convolution.forward = forward
+
+    convolutions = {
+        name: part for name, part in vae.decoder.named_modules() if isinstance(part, wan_vae.PaddingInConvolution)
+    }
+    for name, convolution in convolutions.items():
+        watched(name, convolution)
+    torch.testing.assert_close(vae.decode(latents).sample, expected, atol=1e-4, rtol=1e-4)
+    assert called == convolutions.keys()
+    assert all("conv_in" in name or "time_conv" in name for name in joined)
+
+
 ENCODERS = {
     "T5LayerNorm": lambda: encoders.t5(100, seed=1),
     "UMT5LayerNorm": lambda: encoders.umt5(100, seed=2),

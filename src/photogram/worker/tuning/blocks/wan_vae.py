@@ -38,16 +38,26 @@ class PaddingInConvolution(WanCausalConv3d):
     """Zeros around a frame are the convolution's own affair; only frames before the chunk are put before it."""
 
     def forward(self, x: torch.Tensor, cache_x: torch.Tensor | None = None) -> torch.Tensor:
-        before = self._padding[4]
+        width, _, height, _, before, _ = self._padding
         if cache_x is not None and before > 0:
-            x = torch.cat((cache_x.to(x.device), x), dim=2)
+            x = _after(cache_x.to(x.device), x)
             before -= cache_x.shape[2]
-        return self.of_whole(F.pad(x, (0, 0, 0, 0, before, 0)) if before else x)
-
-    def of_whole(self, x: torch.Tensor) -> torch.Tensor:
-        """Convolve frames that have those before them in front."""
-        width, _, height, *_ = self._padding
+        if before:
+            x = F.pad(x, (0, 0, 0, 0, before, 0))
         return F.conv3d(x, self.weight, self.bias, self.stride, (0, height, width), self.dilation, self.groups)
+
+
+def _after(before: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Return a chunk with the frames before it: what they are parts of, where they lie so, else a copy."""
+    distance = x.storage_offset() - before.storage_offset()
+    if (
+        before.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
+        or before.stride() != x.stride()
+        or distance != before.shape[2] * x.stride(2)
+    ):
+        return torch.cat((before, x), dim=2)
+    samples, channels, frames, *size = x.shape
+    return before.as_strided((samples, channels, before.shape[2] + frames, *size), before.stride())
 
 
 def _normed_convolution(
@@ -70,7 +80,8 @@ def _normed_convolution(
         whole[:, :, CACHE_T - known : CACHE_T].copy_(before)
     cache[place[0]] = whole[:, :, -CACHE_T:].clone()
     place[0] += 1
-    return convolution.of_whole(whole)
+    # Called as such, for what may be put around it: ranks that share a picture ask each other for its rows.
+    return convolution(whole[:, :, CACHE_T:], whole[:, :, :CACHE_T])
 
 
 class FusedWanResidualBlock(WanResidualBlock):
