@@ -152,11 +152,13 @@ def plain_compiled(network: torch.nn.Module, workload: Workload, device: torch.d
     return Runner(network, workload.method)
 
 
-def tuned(*, fused: bool = False, compile: bool = False, graphs: bool = False) -> Callable[..., Runner]:
+def tuned(
+    *, fused: bool = False, compile: bool = False, graphs: bool = False, search: bool = False
+) -> Callable[..., Runner]:
     """As the worker runs it with these flags."""
 
     def make(network: torch.nn.Module, workload: Workload, device: torch.device) -> Runner:
-        wanted = Tuning(compile=compile, fused_kernels=fused, cuda_graphs=graphs)
+        wanted = Tuning(compile=compile, fused_kernels=fused, cuda_graphs=graphs, search_convolutions=search)
         name = "unet" if isinstance(network, UNet2DConditionModel) else workload.component
         done: Tuned = tune({name: network}, frozenset({name} if workload.is_denoiser else ()), wanted, device)
         table, leaves_padding = done.tables.get(name), name in done.leave_padding
@@ -178,6 +180,8 @@ def variants(workload: Workload) -> dict[str, Callable[..., Runner]]:
         found["photogram: fused, graph"] = tuned(fused=True, graphs=True)
     else:
         found["photogram: fused"] = tuned(fused=True)
+    if workload.has_convolutions:
+        found["photogram: fused, searched convolutions"] = tuned(fused=True, search=True)
     found["diffusers eager"] = plain
     found["diffusers compiled"] = plain_compiled
     if workload.is_launch_bound:
@@ -208,6 +212,7 @@ def undone_afterwards(network: torch.nn.Module) -> Iterator[None]:
             vars(part).pop("modulations", None)
         for part in parts:
             part._compiled_call_impl = None
+        torch.backends.cudnn.benchmark = False
         torch._dynamo.reset()
         gc.collect()
         if torch.cuda.is_available():

@@ -48,6 +48,8 @@ class Workload:
     component: str = "transformer"
     """Its name in a pipeline."""
     is_launch_bound: bool = False
+    has_convolutions: bool = False
+    """Whether much of its time may be theirs."""
     is_best_compiled: bool = False
     """Whether its blocks are mostly of classes that no fused kernels are for."""
     read: Callable[[torch.Tensor], torch.Tensor] = lambda result: result
@@ -375,6 +377,7 @@ def _wan_vae(tiny: bool) -> Workload:
         arguments=arguments,
         method="decode",
         component="vae",
+        has_convolutions=True,
         is_denoiser=False,
         reach_ms=800,
     )

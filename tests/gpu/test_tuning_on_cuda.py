@@ -105,3 +105,18 @@ def test_every_order_of_attention_gives_the_same_in_bf16_and_runs_in_fp32(backen
 def test_attention_that_is_not_installed_is_refused():
     with pytest.raises(ConfigError, match="--attention-backend fa4"):
         choose_attention("fa4", torch.device("cuda:0"))
+
+
+def test_searched_convolutions_give_the_same_within_rounding(family_folder, tmp_path):
+    requests = requests_of("stable-diffusion-xl")
+    plain = DiffusionPipeline.from_pretrained(family_folder("stable-diffusion-xl"), dtype=torch.float32).to("cuda")
+    references = {request.job_id: draw_alone(plain, request).latents for request in requests}
+    try:
+        studio = Studio(family_folder("stable-diffusion-xl"), tmp_path, precision="fp32", search_convolutions=True)
+        assert torch.backends.cudnn.benchmark
+        drawn = studio.draw(requests)
+    finally:
+        torch.backends.cudnn.benchmark = False
+    for request in requests:
+        assert drawn[request.job_id].failure is None
+        assert relative_error(drawn[request.job_id].latents, references[request.job_id]) < 10 * STACKED_TOLERANCE

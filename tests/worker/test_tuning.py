@@ -124,6 +124,11 @@ def test_a_model_that_cannot_be_compiled_is_refused_at_the_start(family_folder, 
         warm_up(studio.worker)
 
 
+def test_convolutions_that_another_start_may_choose_otherwise_are_not_for_equal_bytes():
+    with pytest.raises(ConfigError, match="--search-convolutions: not with --deterministic"):
+        ServeConfig(search_convolutions=True, deterministic=True)
+
+
 # --- attention
 
 

@@ -70,6 +70,7 @@ class Tuning(msgspec.Struct, frozen=True, kw_only=True):
     fused_kernels: bool | None = False
     cuda_graphs: bool | None = False
     cuda_graph_memory_bytes: int = 4_000_000_000
+    search_convolutions: bool = False
 
 
 class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -153,6 +154,9 @@ class ServeConfig:
         None, "replay calls that are bound by launches as CUDA graphs; default: as above"
     )
     cuda_graph_memory_gb: float = setting(4.0, "memory for CUDA graphs, GB, at most")
+    search_convolutions: bool = setting(
+        False, "on a GPU, time cuDNN's kernels for each convolution at its first call, and keep the fastest"
+    )
     fused_kernels: bool | None = setting(
         None, "compute what lies between the denoiser's matrix products in kernels of our own; default: as above"
     )
@@ -274,6 +278,10 @@ class ServeConfig:
             raise ConfigError(f"--dit-cpu-offload, --dit-layerwise-offload: not with --num-gpus {self.num_gpus}.")
         if not self.cuda_graph_memory_gb > 0:
             raise ConfigError(f"--cuda-graph-memory-gb {self.cuda_graph_memory_gb}: must be above 0.")
+        if self.search_convolutions and self.deterministic:
+            raise ConfigError(
+                "--search-convolutions: not with --deterministic, as the next start may find others faster."
+            )
         for name in ("compile", "cuda_graphs", "fused_kernels"):
             if getattr(self, name):
                 self._check_blocks_stand(f"--{name.replace('_', '-')}")
@@ -379,6 +387,7 @@ class ServeConfig:
                 fused_kernels=self.fused_kernels,
                 cuda_graphs=self.cuda_graphs,
                 cuda_graph_memory_bytes=int(self.cuda_graph_memory_gb * 1e9),
+                search_convolutions=self.search_convolutions,
             ),
             side_stream=self.side_stream,
             placement=Placement(**{name: getattr(self, name) for name in Placement.__struct_fields__}),

@@ -58,6 +58,9 @@ def tune(
     attention = choose_attention(wanted.attention_backend, device)
     if attention.name != "torch":
         done.append(f"attention: {attention.name} first")
+    if wanted.search_convolutions and device.type == "cuda":
+        torch.backends.cudnn.benchmark = True  # torch's switch for a process, which serves one model
+        done.append("convolutions: the fastest of cuDNN's kernels")
     if wanted.channels_last and device.type == "cuda":
         for name, network in networks.items():
             if name.startswith(("vae", "unet")) and (count := use_channels_last(network)):
