@@ -124,7 +124,7 @@ def make_hunyuan_15(folder):
 
 
 def plan(folder, memory_gb, *, host_bytes=NOWHERE, **flags):
-    config = ServeConfig(model_path=str(folder), **flags).worker(folder)
+    config = ServeConfig(model_path=str(folder), data_dir=str(folder), **flags).worker(folder)
     checkpoint = find_checkpoint(str(folder), revision=None, variant=None)
     return plan_of(
         checkpoint,

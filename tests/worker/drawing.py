@@ -62,7 +62,7 @@ class Studio:
 
     def __init__(self, folder: Path, frames_dir: Path, **settings: Any) -> None:
         # Plain diffusers leaves the choice of a convolution's kernel to torch; these tests compare bits with it.
-        settings = {"onednn_convolutions": False} | settings
+        settings = {"onednn_convolutions": False, "data_dir": str(frames_dir)} | settings
         config = ServeConfig(model_path=str(folder), **settings).worker(frames_dir)
         self.messages: list[ToHost] = []
         with torch.inference_mode():

@@ -102,6 +102,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     warmup_sizes: tuple[tuple[int, int, int | None], ...]  # width, height, frames
     memory_limit_bytes: int | None
     frames_dir: str
+    peaks_dir: str
     log_level: LogLevel
 
 
@@ -404,6 +405,7 @@ class ServeConfig:
             warmup_sizes=tuple(map(_warmup_size, self.warmup_resolutions)),
             memory_limit_bytes=None if limit_gb is None else int(limit_gb * 1e9),
             frames_dir=str(frames_dir),
+            peaks_dir=str(self.data_path / "memory"),
             log_level=self.log_level,
         )
 

@@ -5,7 +5,7 @@ Pure arithmetic on sizes; nothing is loaded. What the operator says by a flag is
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -13,11 +13,13 @@ import msgspec
 
 from ..core.config import Placement
 from ..core.footprint import Footprint, Room
+from .measured_peaks import Peak, Phase
 from .sizes import Part
 
 # What passes take beyond what must be held at once, and kernels' workspaces: measured peaks are some tens of per cent
 # above the estimate.
 WORK_MARGIN = 1.5
+MEASURED_MARGIN = 1.1  # over what was measured: fragmentation, and requests of another kind
 WORKSPACE_BYTES = 500_000_000
 USABLE_SHARE = 0.9
 
@@ -78,17 +80,19 @@ def plan_memory(
     host_bytes: int,
     asked: Placement,
     can_move_denoiser: bool = True,
+    measured: Callable[[Placement], Mapping[Phase, Peak]] = lambda placement: {},
 ) -> MemoryPlan:
     """Return the cheapest placement under which `request` fits, or the one that comes nearest.
 
     `footprints` are those with the VAE in tiles (True) and without. `host_bytes` is what may wait in host memory. With
-    `can_move_denoiser` False the denoiser stays on the device.
+    `can_move_denoiser` False the denoiser stays on the device. What was `measured` under a placement, by phase, stands
+    in for the estimate.
     """
     usable = int(USABLE_SHARE * memory_bytes)
 
     def plan(placement: Placement) -> MemoryPlan:
         weights = _weights(parts, placement)
-        work = _work(footprints[bool(placement.vae_tiling)], request)
+        work = _work(footprints[bool(placement.vae_tiling)], request, measured(placement))
         peaks = {phase: weights[phase] + work[phase] for phase in weights}
         return MemoryPlan(placement=placement, weights=weights, peaks=peaks, usable_bytes=usable, reasons=())
 
@@ -98,7 +102,10 @@ def plan_memory(
     chosen = next((one for one in cheapest_first if one.fits), None)
     if chosen is None:
         chosen = min(cheapest_first, key=lambda one: max(one.peaks.values()))
-    reasons = _reasons(parts, request, cheapest_first[0], chosen, memory_bytes)
+    reasons = (
+        *_reasons(parts, request, cheapest_first[0], chosen, memory_bytes),
+        *_compared(chosen, footprints[bool(chosen.placement.vae_tiling)], measured(chosen.placement)),
+    )
     if not possible:
         reasons = (*reasons, f"host memory of {_gb(host_bytes)} cannot hold what would have to wait there")
     return MemoryPlan(
@@ -172,13 +179,32 @@ def _weights(parts: Sequence[Part], placement: Placement) -> dict[str, int]:
     }
 
 
-def _work(footprint: Footprint, request: UsualRequest) -> dict[str, int]:
-    size = (request.width, request.height, request.frames)
-    return {
-        "encode": WORKSPACE_BYTES,
-        "denoise": WORKSPACE_BYTES + int(WORK_MARGIN * footprint.denoise_bytes(*size)),
-        "decode": WORKSPACE_BYTES + int(WORK_MARGIN * footprint.decode_bytes(*size)),
-    }
+def _work(footprint: Footprint, request: UsualRequest, measured: Mapping[Phase, Peak]) -> dict[str, int]:
+    """Return the bytes that each phase takes beside the weights: what was measured, at another size in proportion to
+    the estimate, else the estimate."""
+    at_once = _at_once(footprint, (request.width, request.height, request.frames))
+    work = {phase: WORKSPACE_BYTES + int(WORK_MARGIN * num_bytes) for phase, num_bytes in at_once.items()}
+    for phase, peak in measured.items():
+        before = _at_once(footprint, (peak.width, peak.height, peak.frames))[phase]
+        scale = at_once[phase] / before if before else 1.0
+        work[phase] = WORKSPACE_BYTES + int(MEASURED_MARGIN * scale * peak.num_bytes)
+    return work
+
+
+def _at_once(footprint: Footprint, size: tuple[int, int, int | None]) -> dict[str, int]:
+    return {"encode": 0, "denoise": footprint.denoise_bytes(*size), "decode": footprint.decode_bytes(*size)}
+
+
+def _compared(chosen: MemoryPlan, footprint: Footprint, measured: Mapping[Phase, Peak]) -> tuple[str, ...]:
+    """Say what was measured under the chosen placement, beside the estimate for the same size."""
+    lines = []
+    for phase, peak in measured.items():
+        size = UsualRequest(peak.width, peak.height, peak.frames)
+        estimate = chosen.weights[phase] + _work(footprint, size, {})[phase]
+        lines.append(
+            f"measured: {_gb(chosen.weights[phase] + peak.num_bytes)} to {phase} at {size}, estimated {_gb(estimate)}"
+        )
+    return tuple(lines)
 
 
 def _reasons(

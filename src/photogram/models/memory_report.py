@@ -20,6 +20,7 @@ from ..core.memory_question import PlanAnswer, PlanQuestion
 from .checkpoint import Checkpoint, find_checkpoint, read_index
 from .families import DEFAULTS, FamilyDefaults, checkpoint_defaults
 from .footprints import footprint_of, read_config
+from .measured_peaks import MeasuredPeaks
 from .memory_plan import MemoryPlan, UsualRequest, plan_memory
 from .sizes import parts_of
 from .two_stages import UPSAMPLER, enlarged, has_upsampler
@@ -29,10 +30,11 @@ _FALLBACK_SIDE = 1024
 
 @dataclass(frozen=True, slots=True)
 class CheckpointPlan:
-    """A plan and the footprint of the work under it."""
+    """A plan, the footprint of the work under it, and what was measured of the model before."""
 
     plan: MemoryPlan
     footprint: Footprint
+    peaks: MeasuredPeaks
 
 
 def plan_of(
@@ -49,6 +51,7 @@ def plan_of(
         raise ConfigError(f"--model-path '{config.model_path}': {error}") from None
     fused = config.tuning.fused_kernels
     footprints = {tiled: footprint_of(checkpoint.folder, parts, tiled=tiled, fused=fused) for tiled in (False, True)}
+    peaks = MeasuredPeaks(checkpoint, config, default_precision)
     plan = plan_memory(
         parts,
         footprints,
@@ -58,8 +61,9 @@ def plan_of(
         asked=config.placement,
         # What is compiled or recorded knows weights by their place.
         can_move_denoiser=config.degrees.world_size == 1 and not (config.tuning.compile or config.tuning.cuda_graphs),
+        measured=peaks.under,
     )
-    return CheckpointPlan(plan, footprints[bool(plan.placement.vae_tiling)])
+    return CheckpointPlan(plan, footprints[bool(plan.placement.vae_tiling)], peaks)
 
 
 def _usual_request(checkpoint: Checkpoint, index: dict[str, object]) -> UsualRequest:

@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -33,6 +33,7 @@ from ..models.checkpoint import Checkpoint, find_checkpoint, read_index
 from ..models.derive import derive_card
 from ..models.families import CHANGES_ITS_DENOISER
 from ..models.latents import knows_latents
+from ..models.measured_peaks import PeakRecord
 from ..models.memory_report import plan_of
 from ..models.sizes import is_denoiser, precision_of
 from ..models.two_stages import TWO_STAGES, UPSAMPLER, has_upsampler
@@ -76,6 +77,7 @@ class ServedPipeline:
     graphs: Graphs | None  # of calls that are bound by launches
     tuning: Tuning  # with nothing left open
     upsample: DiffusionPipeline | None = None  # enlarges latents between the two stages of a job
+    peaks: PeakRecord | None = None  # takes down what calls take on a GPU
     run_both: RunBoth | None = None  # where a second group of ranks can run a call at the same time
     habits: Habits = field(default_factory=Habits)  # of jobs' second calls, to foretell them to that group
 
@@ -153,15 +155,19 @@ def load(config: WorkerConfig, say: Callable[[str], None], on_lost: Callable[[st
     for line in layout.reasons:
         logger.info("devices: %s", line)
     config = msgspec.structs.replace(config, degrees=layout.degrees)
-    config, room = plan_memory_of(checkpoint, config, device)
+    config, room, peaks = plan_memory_of(checkpoint, config, device)
     group = Group(config, device, on_lost) if config.degrees.world_size > 1 else None
     say(f"loading {checkpoint.name} ({checkpoint.pipeline_class})")
     pipeline, upsampler = _from_folder(checkpoint, config, device), _upsampler(checkpoint, config, device)
-    return prepare(pipeline, checkpoint, config, device, group, room, upsampler)
+    served = prepare(pipeline, checkpoint, config, device, group, room, upsampler)
+    return replace(served, peaks=peaks if device.type != "cpu" else None)
 
 
-def plan_memory_of(checkpoint: Checkpoint, config: WorkerConfig, device: torch.device) -> tuple[WorkerConfig, Room]:
-    """Decide what the settings leave open of where weights go, say why, and return what is left for work.
+def plan_memory_of(
+    checkpoint: Checkpoint, config: WorkerConfig, device: torch.device
+) -> tuple[WorkerConfig, Room, PeakRecord]:
+    """Decide what the settings leave open of where weights go, say why, and return what is left for work and what
+    takes down how much that takes.
 
     On a CPU there is nothing to decide: its memory is the host's.
     """
@@ -182,7 +188,8 @@ def plan_memory_of(checkpoint: Checkpoint, config: WorkerConfig, device: torch.d
     room = found.plan.room(
         found.footprint, total_memory_of(device), denoise_share=degrees.sequence, decode_share=degrees.world_size
     )
-    return msgspec.structs.replace(config, placement=found.plan.placement), room
+    record = PeakRecord(found.peaks, found.plan.placement, found.plan.weights)
+    return msgspec.structs.replace(config, placement=found.plan.placement), room, record
 
 
 def load_for_follower(

@@ -61,6 +61,10 @@ class PeakMemory:
         """Return the bytes taken since `begin`; None on a CPU."""
         return None if self._device is None else torch.cuda.max_memory_allocated(self._device) - self._held
 
+    def highest(self) -> int | None:
+        """Return the most bytes that were allocated at once since `begin`, weights included; None on a CPU."""
+        return None if self._device is None else torch.cuda.max_memory_allocated(self._device)
+
 
 def device_error(error: Exception, device: torch.device) -> Exception:
     """Return OutOfMemory or DeviceLost where that is what happened, else the error itself."""

@@ -194,6 +194,9 @@ class Worker:
         except Exception as error:
             self._could_not_run(plan, jobs, error, self._clock() - started)
             return
+        if len(jobs) == 1 and self.served.peaks is not None:
+            size = jobs[0].request.width, jobs[0].request.height, jobs[0].request.num_frames
+            self.served.peaks.note(calls[0].module.phase(calls[0].method), size, self._peak.highest())
         for job, call, answer in zip(jobs, calls, answers, strict=True):
             job.calls_shared += len(jobs) > 1
             job.largest_batch = max(job.largest_batch, len(jobs))
