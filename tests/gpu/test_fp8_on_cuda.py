@@ -1,4 +1,8 @@
-"""Linear layers in fp8 on a GPU: Triton's quantization against its reference, products against fp32."""
+"""Linear layers in fp8 on a GPU: Triton's quantization against its reference, products against fp32.
+
+Triton's interpreter loses the carry where rounding to fp8 reaches the next power of two (127 becomes 64), so the
+quantization is checked here alone.
+"""
 
 import msgspec
 import pytest
