@@ -32,7 +32,7 @@ from diffusers import UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
 from workloads import Arguments, Workload, materialize, workloads
 
-from photogram.core.config import Tuning
+from photogram.core.worker_config import Tuning
 from photogram.worker.tuning.fusing import fuse
 from photogram.worker.tuning.graphs import Graphs
 from photogram.worker.tuning.joining import join_products

@@ -25,7 +25,7 @@ import diffusers
 import torch
 from workloads import Workload, materialize, wan, workloads
 
-from photogram.core.config import Placement
+from photogram.core.worker_config import Placement
 from photogram.worker.fibers import Call
 from photogram.worker.modules import BigModule, big_modules
 from photogram.worker.placement import offload_to

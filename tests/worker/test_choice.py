@@ -4,7 +4,8 @@ import diffusers
 import pytest
 import torch
 
-from photogram.core.config import ServeConfig, Tuning
+from photogram.core.config import ServeConfig
+from photogram.core.worker_config import Tuning
 from photogram.models.families import FASTER_WITH
 from photogram.worker.tuning import choice
 from photogram.worker.tuning.choice import settled

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from families.weights import randomise
-from photogram.core.config import Placement
 from photogram.core.footprint import Footprint
+from photogram.core.worker_config import Placement
 from photogram.models.footprints import DECODING, footprint_of
 from photogram.models.sizes import Part
 from photogram.worker.placement import set_up_vae

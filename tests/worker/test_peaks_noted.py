@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import torch
 
-from photogram.core.config import Placement, ServeConfig
+from photogram.core.config import ServeConfig
+from photogram.core.worker_config import Placement
 from photogram.models.checkpoint import find_checkpoint
 from photogram.models.measured_peaks import MeasuredPeaks, PeakRecord
 from photogram.worker.memory import PeakMemory

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from photogram.core.config import Placement
+from photogram.core.worker_config import Placement
 from photogram.worker.placement import offload_to
 from photogram.worker.prompt_cache import PromptCache
 from photogram.worker.residency import HostWeights, Layerwise, Visitor, Visitors

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from .config import WorkerConfig
+from .worker_config import WorkerConfig
 
 
 class PlanQuestion(msgspec.Struct, frozen=True, kw_only=True):

@@ -11,9 +11,9 @@ from typing import Literal
 import msgspec
 
 from .card import ModelCard
-from .config import WorkerConfig
 from .lora import LoraState
 from .request import GenerateRequest, LoraUse
+from .worker_config import WorkerConfig
 
 Phase = Literal["queued", "encode", "denoise", "decode"]
 

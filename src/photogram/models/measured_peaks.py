@@ -17,7 +17,7 @@ from typing import Literal
 
 import msgspec
 
-from ..core.config import Placement, WorkerConfig
+from ..core.worker_config import Placement, WorkerConfig
 from .checkpoint import Checkpoint
 
 logger = logging.getLogger(__name__)

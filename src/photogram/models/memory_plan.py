@@ -11,8 +11,8 @@ from itertools import product
 
 import msgspec
 
-from ..core.config import Placement
 from ..core.footprint import Footprint, Room
+from ..core.worker_config import Placement
 from .measured_peaks import Peak, Phase
 from .sizes import Part
 

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 import msgspec
 
-from ..core.config import WorkerConfig
 from ..core.errors import ConfigError
 from ..core.footprint import Footprint
 from ..core.memory_question import PlanAnswer, PlanQuestion
+from ..core.worker_config import WorkerConfig
 from .checkpoint import Checkpoint, find_checkpoint, read_index
 from .families import DEFAULTS, FamilyDefaults, checkpoint_defaults
 from .footprints import footprint_of, read_config

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ..core.config import Precisions
+from ..core.worker_config import Precisions
 from .families import DEFAULTS
 from .tensor_heads import STORED_BYTES, read_head
 

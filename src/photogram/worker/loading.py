@@ -24,11 +24,11 @@ from diffusers.pipelines.ltx2 import LTX2LatentUpsamplePipeline
 from diffusers.pipelines.ltx2.latent_upsampler import LTX2LatentUpsamplerModel
 
 from ..core.card import ModelCard
-from ..core.config import Precisions, Tuning, WorkerConfig
 from ..core.errors import ConfigError
 from ..core.footprint import Room
 from ..core.host_memory import available_memory_bytes
 from ..core.request import GenerateRequest
+from ..core.worker_config import Precisions, Tuning, WorkerConfig
 from ..models.checkpoint import Checkpoint, find_checkpoint, read_index
 from ..models.derive import derive_card
 from ..models.families import CHANGES_ITS_DENOISER

@@ -18,7 +18,6 @@ from typing import NoReturn
 
 import torch
 
-from ..core.config import WorkerConfig
 from ..core.errors import ConfigError
 from ..core.messages import (
     Cancel,
@@ -35,6 +34,7 @@ from ..core.messages import (
     ToWorker,
 )
 from ..core.wire import HEADER_BYTES, body_length, pack, to_worker
+from ..core.worker_config import WorkerConfig
 from .loading import load
 from .memory import DeviceLost, limit_memory
 from .process import configure_logging

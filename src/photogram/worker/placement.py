@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from diffusers import DiffusionPipeline
 
-from ..core.config import Placement
+from ..core.worker_config import Placement
 from ..models.sizes import kind_of
 from .modules import BigModule
 from .residency import Layerwise, Visitors

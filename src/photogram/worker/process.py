@@ -9,7 +9,7 @@ from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import utils as hub
 from transformers.utils import logging as transformers_logging
 
-from ..core.config import WorkerConfig
+from ..core.worker_config import WorkerConfig
 
 
 def configure_logging(config: WorkerConfig, name: str) -> None:

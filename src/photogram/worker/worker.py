@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from ..core.config import WorkerConfig
 from ..core.errors import OutOfMemory, RequestError
 from ..core.messages import Began, Failed, LorasReady, LorasRefused, PrepareLoras, SetLoras, ToHost
 from ..core.request import GenerateRequest
+from ..core.worker_config import WorkerConfig
 from ..scheduler import JobTicket, PendingCall, Run, Scheduler, SchedulerConfig, Start
 from .beside import AtOnce, Lane, streams_of
 from .fibers import Call, Returned

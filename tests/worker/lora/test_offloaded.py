@@ -10,8 +10,8 @@ import msgspec
 import pytest
 import torch
 
-from photogram.core.config import Placement
 from photogram.core.errors import RequestError
+from photogram.core.worker_config import Placement
 from photogram.worker.lora.adapter import Adapter
 from photogram.worker.lora.changes import Difference, LowRank
 from photogram.worker.lora.reading import Stamp

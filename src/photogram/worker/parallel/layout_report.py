@@ -11,9 +11,9 @@ import sys
 
 import msgspec
 
-from ...core.config import WorkerConfig
 from ...core.errors import ConfigError
 from ...core.parallel import LayoutAnswer
+from ...core.worker_config import WorkerConfig
 from ...models.checkpoint import find_checkpoint
 from .fitting import fit
 

@@ -17,8 +17,8 @@ from typing import Any, cast
 
 import torch
 
-from ...core.config import WorkerConfig
 from ...core.errors import ConfigError
+from ...core.worker_config import WorkerConfig
 from ..fibers import Autocast, Call
 from ..memory import DeviceLost
 from ..modules import BigModule

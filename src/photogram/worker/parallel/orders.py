@@ -8,8 +8,8 @@ from typing import Generic, TypeVar
 
 import msgspec
 
-from ...core.config import WorkerConfig
 from ...core.parallel import Degrees
+from ...core.worker_config import WorkerConfig
 from .arguments import Outline
 
 # --- to a follower

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 import msgspec
 import torch
 
-from ...core.config import Tuning
+from ...core.worker_config import Tuning
 from ...models.families import FASTER_WITH
 from ..memory import free_bytes
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ...core.config import Tuning
+from ...core.worker_config import Tuning
 from .attention import Attention, choose_attention
 from .compiling import compile_repeated
 from .cpu_convolutions import use_onednn
