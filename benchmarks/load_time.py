@@ -11,7 +11,7 @@ files once, and then, each time in a process of its own and turn by turn:
 The device is in use and the libraries are imported before the clock of these starts; `start_s` is from the process's
 start to there being a pipeline. Then `photogram serve` from its start to /ready, and to a first picture of few steps
 over HTTP, beside plain diffusers from its process's start to the same picture. Medians. Writes JSON to
-`benchmarks/results/` after every model, and begins nothing after `--seconds`.
+`benchmarks/results/` after every model, and begins nothing more of a model after `--seconds`.
 """
 
 import argparse
@@ -209,9 +209,10 @@ def start_to_picture(name: str, path: Path, scratch: Path, tiny: bool) -> dict[s
 # --- all of it ----------------------------------------------------------------------------------------------------
 
 
-def measure(name: str, scratch: Path, options: argparse.Namespace, until: float) -> dict[str, Any]:
+def measure(name: str, scratch: Path, options: argparse.Namespace) -> dict[str, Any]:
     path = scratch / name
     began = time.perf_counter()
+    until = began + options.seconds
     if options.tiny:
         from families import folder
 
@@ -321,7 +322,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", help=f"any of {', '.join(MODELS)}; default: all")
     parser.add_argument("--runs", type=int, default=3, help="times that each way is run")
-    parser.add_argument("--seconds", type=float, default=240, help="begin nothing more after this long")
+    parser.add_argument("--seconds", type=float, default=230, help="begin nothing more of a model after this long")
     parser.add_argument("--tiny", action="store_true", help="small models on a CPU")
     parser.add_argument("--folder", help="where the checkpoints are written; default: a RAM disk with room, or TMPDIR")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder for the results")
@@ -339,13 +340,11 @@ def main() -> None:
     if options.way is not None:
         run_way(options.way, options.models[0], options.path, options.tiny, options.started_at, options.draws)
         return
-    until = time.perf_counter() + options.seconds
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="load-time-", dir=options.folder or roomy_folder()) as scratch:
         for name in options.models or MODELS:
-            if time.perf_counter() < until:
-                rows.append(measure(name, Path(scratch), options, until))
-                save(rows, options)
+            rows.append(measure(name, Path(scratch), options))
+            save(rows, options)
     print(table(rows))
 
 

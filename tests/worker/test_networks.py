@@ -7,13 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline
+from msgspec.structs import replace
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from families import FAMILIES
 from families.quiet import quiet
 from families.reference import arguments, difference, run_once
+from photogram.core.config import ServeConfig
+from photogram.worker.loading import load_for_follower
 from photogram.worker.networks import read_networks, tables_of
 
 CPU = torch.device("cpu")
@@ -93,6 +96,22 @@ def test_a_pipeline_of_networks_read_directly_draws_the_same(family_folder):
     plain = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
     # Not bit for bit: other addresses are aligned otherwise, and sums take another order.
     assert difference(drawn, run_once(plain, seed=1, output_type="latent", **call)) < 1e-5
+
+
+def test_a_follower_loads_the_denoiser_and_where_it_is_split_the_vae_and_never_a_text_encoder(
+    family_folder, tmp_path, monkeypatch
+):
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a text encoder is loaded")
+
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", refuse)
+    config = ServeConfig(model_path=str(family_folder("flux-1")), num_gpus=2).worker(tmp_path)
+    found, vae = load_for_follower(config, CPU)
+    assert found.keys() == {"transformer"}
+    assert isinstance(vae, AutoencoderKL)
+    found, vae = load_for_follower(replace(config, split_vae=False), CPU)
+    assert found.keys() == {"transformer"}
+    assert vae is None
 
 
 # --- other layouts of files, and what is left to the libraries --------------------------------------------------------

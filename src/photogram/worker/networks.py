@@ -137,27 +137,42 @@ def _of_diffusers(
     if unknown := sorted(set(stored) - set(own)):
         logger.warning("%s: %d tensors of the files have no place in it, such as '%s'", kind.__name__, len(unknown),
                        unknown[0])  # fmt: skip
-    in_fp32 = set(kind._keep_in_fp32_modules or ())
+    precisions = _precisions(kind, stored, own, dtype)
+    if device.type == "cuda":
+        # Asked for at once and given back to torch, which then cuts it up: the driver is slow at many small pieces.
+        needed = sum(stored[name].shape.numel() * precision.itemsize for name, precision in precisions.items())
+        torch.empty(needed, dtype=torch.uint8, device=device)
 
     def read(name: str) -> torch.Tensor:
-        tensor = stored[name]
-        precision = torch.float32 if in_fp32 & set(name.split(".")) else dtype
-        return tensor[...].to(precision if tensor.dtype.is_floating_point else tensor.dtype)
+        return stored[name][...].to(precisions[name])
 
-    names = [name for name in stored if name in own]
-    for name in names:
-        if stored[name].shape != own[name].shape:
-            raise NotDirect(f"'{name}' has shape {tuple(stored[name].shape)} where {tuple(own[name].shape)} is needed")
-    reading = [threads.submit(read, name) for name in names]
+    reading = {name: threads.submit(read, name) for name in precisions}
 
     def finish() -> None:
-        for name, tensor in zip(names, reading, strict=True):
+        for name, tensor in reading.items():
             value = tensor.result()
             set_module_tensor_to_device(network, name, device, value=value, dtype=value.dtype, clear_cache=False)
         network.register_to_config(_name_or_path=str(folder))
         network.to(device).eval()
 
     return network, finish
+
+
+def _precisions(
+    kind: type[ModelMixin], stored: Mapping[str, StoredTensor], own: Mapping[str, torch.Tensor], dtype: torch.dtype
+) -> dict[str, torch.dtype]:
+    """Return the precision of each stored tensor that has a place in the network. Raises NotDirect for a shape that is
+    not the place's."""
+    in_fp32 = set(kind._keep_in_fp32_modules or ())
+    found: dict[str, torch.dtype] = {}
+    for name, tensor in stored.items():
+        if name not in own:
+            continue
+        if tensor.shape != own[name].shape:
+            raise NotDirect(f"'{name}' has shape {tuple(tensor.shape)} where {tuple(own[name].shape)} is needed")
+        wanted = torch.float32 if in_fp32 & set(name.split(".")) else dtype
+        found[name] = wanted if tensor.dtype.is_floating_point else tensor.dtype
+    return found
 
 
 def _of_transformers(

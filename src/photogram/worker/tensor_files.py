@@ -75,7 +75,8 @@ class Reader:
     def __enter__(self) -> Reader:
         if self.device.type == "cuda":
             memory = HostMemory(self._num_threads * PIECE_BYTES)
-            memory.pin(touch=True)
+            with torch.cuda.device(self.device):  # pinning wakes the current device, which may be another rank's
+                memory.pin(touch=True)
             for piece in memory.flat.split(PIECE_BYTES):
                 self._pinned.put(piece)
         return self
