@@ -2,16 +2,18 @@
 
 import pytest
 import torch
+from msgspec.structs import replace
 
+from families.reference import picture
 from photogram.core.worker_config import Placement
-from photogram.worker.placement import offload_to
-from photogram.worker.prompt_cache import PromptCache
+from photogram.worker.placement import is_offloaded, offload_to
 from photogram.worker.residency import HostWeights, Layerwise, Visitor, Visitors
 
 from .drawing import Studio, relative_error
 from .test_families_served import requests_of
 
 CPU = torch.device("cpu")
+ONLY_IMAGE_ENCODERS = Placement(image_encoder_cpu_offload=True)
 
 
 class Network(torch.nn.Module):
@@ -165,14 +167,13 @@ def test_layers_that_come_in_one_by_one_compute_the_same_and_two_slots_hold_them
 )
 def test_offloaded_components_are_away_between_calls_and_pictures_stay_the_same(flag, parked, family_folder, tmp_path):
     name = "stable-diffusion-xl" if flag != "dit_layerwise_offload" else "flux-1"
-    studio = Studio(family_folder(name), tmp_path, max_batch_size=1)
     request = requests_of(name)[0]
-    expected = studio.draw([request])[request.job_id]
+    expected = Studio(family_folder(name), tmp_path, max_batch_size=1).draw([request])[request.job_id]
+    studio = Studio(family_folder(name), tmp_path, max_batch_size=1)
     modules = studio.served.modules
     wanted = {key: modules[key] for key in parked} if parked else {"transformer": modules["transformer"]}
     with torch.inference_mode():
         visitors = offload_to(Visitors(), wanted, Placement(**{flag: True}), CPU)
-        studio.worker.prompt_cache = PromptCache(1 << 30)
     brought_in: list[str] = []
     for visitor in visitors.all:
         visitor.weights.copy_to = noting(visitor, brought_in)
@@ -182,9 +183,51 @@ def test_offloaded_components_are_away_between_calls_and_pictures_stay_the_same(
         # Not bit for bit: other addresses are aligned otherwise, and sums take another order.
         assert relative_error(drawn.latents, expected.latents) < 1e-4
         assert all(is_away(modules[key].module) for key in parked if key != "unet")
-        if turn == "second" and flag == "text_encoder_cpu_offload":
-            assert brought_in == [], "a prompt that was seen before does not wake the encoder"
+        if flag == "text_encoder_cpu_offload":
+            # A prompt that was seen before does not wake the encoder.
+            assert set(brought_in) == (set(parked) if turn == "first" else set())
         brought_in.clear()
+
+
+def test_an_offloaded_image_encoder_is_there_for_its_calls_only_and_not_for_a_picture_seen_before(
+    family_folder, tmp_path
+):
+    folder = family_folder("wan-2.1-i2v")
+    picture().save(tmp_path / "first.png")
+    request = replace(requests_of("wan-2.1-i2v")[0], images=(str(tmp_path / "first.png"),))
+    expected = Studio(folder, tmp_path, max_batch_size=1).draw([request])[request.job_id]
+    studio = Studio(folder, tmp_path, max_batch_size=1)
+    modules = studio.served.modules
+    wanted = {name: module for name, module in modules.items() if is_offloaded(name, ONLY_IMAGE_ENCODERS)}
+    assert set(wanted) == {"image_encoder"}
+    with torch.inference_mode():
+        [visitor] = offload_to(Visitors(), wanted, ONLY_IMAGE_ENCODERS, CPU).all
+    there: list[tuple[str, bool]] = []
+    for name, module in modules.items():
+        for method, real in module.real.items():
+            module.real[method] = watching(name, real, visitor, there)
+    brought_in: list[str] = []
+    visitor.weights.copy_to = noting(visitor, brought_in)
+    for turn in ("first", "second"):
+        drawn = studio.draw([request])[request.job_id]
+        assert drawn.failure is None
+        assert relative_error(drawn.latents, expected.latents) < 1e-4
+        assert is_away(modules["image_encoder"].module)
+        assert set(brought_in) == ({"image_encoder"} if turn == "first" else set())
+        brought_in.clear()
+    others = [is_there for name, is_there in there if name != "image_encoder"]
+    assert len(others) > 4
+    assert not any(others)
+
+
+def watching(name: str, real, visitor: Visitor, notes: list[tuple[str, bool]]):
+    """Note before each call of a network whether the visitor is there already."""
+
+    def watched(*args, **kwargs):
+        notes.append((name, visitor.is_present))
+        return real(*args, **kwargs)
+
+    return watched
 
 
 def noting(visitor: Visitor, notes: list[str]):
