@@ -6,9 +6,7 @@ import copy
 import inspect
 import logging
 import os
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from types import MappingProxyType
@@ -21,22 +19,21 @@ from diffusers import DiffusionPipeline, FirstBlockCacheConfig, SchedulerMixin
 from diffusers.guiders import BaseGuidance
 from diffusers.models.cache_utils import CacheMixin
 from diffusers.pipelines.ltx2 import LTX2LatentUpsamplePipeline
-from diffusers.pipelines.ltx2.latent_upsampler import LTX2LatentUpsamplerModel
 
 from ..core.card import ModelCard
 from ..core.errors import ConfigError
 from ..core.footprint import Room
 from ..core.host_memory import available_memory_bytes
 from ..core.request import GenerateRequest
-from ..core.worker_config import Precisions, Tuning, WorkerConfig
-from ..models.checkpoint import Checkpoint, find_checkpoint, read_index
+from ..core.worker_config import Tuning, WorkerConfig
+from ..models.checkpoint import Checkpoint, find_checkpoint
 from ..models.derive import derive_card
 from ..models.families import CHANGES_ITS_DENOISER
 from ..models.latents import knows_latents
 from ..models.measured_peaks import PeakRecord
 from ..models.memory_report import plan_of
-from ..models.sizes import is_denoiser, precision_of
-from ..models.two_stages import TWO_STAGES, UPSAMPLER, has_upsampler
+from ..models.sizes import is_denoiser
+from ..models.two_stages import TWO_STAGES, UPSAMPLER
 from ..models.uses import Route, Use, pipelines_by_use, route
 from .beside import Shared
 from .fast.fp8 import copy_to_fp8
@@ -46,12 +43,19 @@ from .lora.conversion import lora_modules
 from .lora.serving import ModuleServing
 from .memory import memory_of, total_memory_of
 from .modules import BigModule, big_modules
-from .networks import read_networks
 from .parallel.decoding import can_split
 from .parallel.fitting import fit
 from .parallel.leader import Group, RunBoth
 from .parallel.mesh import share_cores
 from .placement import is_offloaded, offload, place, set_up_vae
+from .reading import (
+    as_config_error,
+    default_precision,
+    networks_from_folder,
+    pipeline_from_folder,
+    precisions_of,
+    upsampler_from_folder,
+)
 from .residency import Visitors
 from .tuning.choice import settled
 from .tuning.graphs import Graphs
@@ -60,7 +64,6 @@ from .tuning.tune import tune
 logger = logging.getLogger(__name__)
 
 _NO_SETTINGS: Mapping[str, Any] = MappingProxyType({})
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,7 +161,8 @@ def load(config: WorkerConfig, say: Callable[[str], None], on_lost: Callable[[st
     config, room, peaks = plan_memory_of(checkpoint, config, device)
     group = Group(config, device, on_lost) if config.degrees.world_size > 1 else None
     say(f"loading {checkpoint.name} ({checkpoint.pipeline_class})")
-    pipeline, upsampler = _from_folder(checkpoint, config, device), _upsampler(checkpoint, config, device)
+    pipeline = pipeline_from_folder(checkpoint, config, device)
+    upsampler = upsampler_from_folder(checkpoint, config, device)
     served = prepare(pipeline, checkpoint, config, device, group, room, upsampler)
     return replace(served, peaks=peaks if device.type != "cpu" else None)
 
@@ -176,7 +180,7 @@ def plan_memory_of(
         config if device.type != "cpu" else msgspec.structs.replace(config, placement=config.placement.settled()),
         memory_bytes=memory_of(device),
         host_bytes=available_memory_bytes(),
-        default_precision=_default_precision(device),
+        default_precision=default_precision(device),
     )
     for line in found.plan.reasons:
         logger.info("memory: %s", line)
@@ -201,19 +205,19 @@ def load_for_follower(
     """
     os.environ["DIFFUSERS_DISABLE_REMOTE_CODE"] = "1"
     checkpoint = find_checkpoint(config.model_path, revision=config.revision, variant=config.variant)
-    precisions = _precisions(checkpoint, config.precisions, device)
+    precisions = precisions_of(checkpoint, config.precisions, device)
 
     def is_wanted(name: str) -> bool:
         return is_denoiser(name) or (name == "vae" and config.split_vae)
 
-    read = _read_networks(checkpoint, config, precisions, device, is_wanted)
+    read = networks_from_folder(checkpoint, config, precisions, device, is_wanted)
     found: dict[str, torch.nn.Module] = {}
     for name, entry in DiffusionPipeline.load_config(checkpoint.folder, local_files_only=True).items():
         if not is_wanted(name) or not isinstance(entry, list) or entry[0] is None:
             continue
         network = read.get(name)
         if network is None:
-            with _as_config_error(config):
+            with as_config_error(config):
                 network = getattr(diffusers, entry[1]).from_pretrained(
                     checkpoint.folder,
                     subfolder=name,
@@ -284,8 +288,10 @@ def prepare(
     card = msgspec.structs.replace(card, lora_modules=can_change, tuning=(*chosen, *tuned.lines), room=room)
     beside: set[str] = set()
     if goes_beside(config, device):
-        # What comes and goes takes the room that others leave, and what all ranks run is in one order on all of them.
-        beside = {name for name in networks if not is_denoiser(name)} - away - ({"vae"} if decodes else set())
+        # What comes and goes takes the room that others leave, what all ranks run is in one order on all of them, and
+        # kernels that are chosen by their time in each thread may be others there.
+        kept = decodes or config.tuning.search_convolutions
+        beside = {name for name in networks if not is_denoiser(name)} - away - ({"vae"} if kept else set())
     components = pipeline.components if upsampler is None else pipeline.components | {UPSAMPLER: upsampler}
     modules = big_modules(components, beside)
     around_calls = Shared(tuned.attention.around_calls)
@@ -354,82 +360,6 @@ def changes_its_denoiser(pipeline_class: type) -> bool:
     """Say whether a pipeline's own code swaps parts of its denoiser while it runs."""
     source = inspect.getsource(pipeline_class)
     return any(word in source for word in CHANGES_ITS_DENOISER)
-
-
-def _from_folder(checkpoint: Checkpoint, config: WorkerConfig, device: torch.device) -> DiffusionPipeline:
-    """Load the pipeline: what stays on a GPU straight to it, what waits in host memory from the files' mapped pages."""
-    precisions = _precisions(checkpoint, config.precisions, device)
-    read = _read_networks(checkpoint, config, precisions, device, lambda name: not is_offloaded(name, config.placement))
-    with _as_config_error(config):
-        return DiffusionPipeline.from_pretrained(
-            checkpoint.folder,
-            dtype=precisions,
-            variant=config.variant,
-            use_safetensors=True,
-            local_files_only=True,
-            **read,
-        )
-
-
-def _read_networks(
-    checkpoint: Checkpoint,
-    config: WorkerConfig,
-    precisions: Mapping[str, torch.dtype],
-    device: torch.device,
-    wanted: Callable[[str], bool],
-) -> dict[str, torch.nn.Module]:
-    """Read networks straight to a GPU. On a CPU none: `from_pretrained` maps the files there, and all processes share
-    the page cache's one copy."""
-    if device.type == "cpu":
-        return {}
-    began = time.perf_counter()
-    with _as_config_error(config):
-        index = read_index(checkpoint.folder, config.model_path)
-        read = read_networks(checkpoint.folder, index, precisions, device, wanted=wanted, variant=config.variant)
-    num_bytes = sum(tensor.nbytes for network in read.values() for tensor in network.parameters())
-    seconds = time.perf_counter() - began
-    logger.info("read %.1f GB straight to %s in %.1f s (%s)", num_bytes / 1e9, device, seconds, ", ".join(sorted(read)))
-    return read
-
-
-def _upsampler(checkpoint: Checkpoint, config: WorkerConfig, device: torch.device) -> torch.nn.Module | None:
-    """Load the network that enlarges latents, where the checkpoint has one beside its pipeline."""
-    if not has_upsampler(checkpoint):
-        return None
-    precision = precision_of(UPSAMPLER, config.precisions, checkpoint.pipeline_class, _default_precision(device))
-    with _as_config_error(config):
-        network = LTX2LatentUpsamplerModel.from_pretrained(
-            checkpoint.folder,
-            subfolder=UPSAMPLER,
-            torch_dtype=_DTYPES[precision],
-            variant=config.variant,
-            use_safetensors=True,
-            local_files_only=True,
-        )
-    return network.eval()
-
-
-@contextmanager
-def _as_config_error(config: WorkerConfig) -> Iterator[None]:
-    """Say in one line why a checkpoint cannot be loaded, whatever the libraries raise."""
-    try:
-        yield
-    except (OSError, ValueError, AttributeError, ImportError, KeyError, TypeError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:400]
-        raise ConfigError(f"--model-path '{config.model_path}': cannot be loaded ({reason}).") from error
-
-
-def _default_precision(device: torch.device) -> str:
-    return "fp32" if device.type == "cpu" else "bf16"
-
-
-def _precisions(checkpoint: Checkpoint, wanted: Precisions, device: torch.device) -> dict[str, torch.dtype]:
-    """Precision of each component that the checkpoint names, and as ``default`` that of any other."""
-    default = _default_precision(device)
-    chosen = {"default": _DTYPES[default if wanted.all == "auto" else wanted.all]}
-    for name in DiffusionPipeline.load_config(checkpoint.folder, local_files_only=True):
-        chosen[name] = _DTYPES[precision_of(name, wanted, checkpoint.pipeline_class, default)]
-    return chosen
 
 
 def _enable_step_cache(components: Iterable[object], threshold: float) -> None:
