@@ -356,6 +356,18 @@ def test_steps_given_win_over_quality():
     assert drawing.request.num_inference_steps == 3
 
 
+def test_a_request_without_a_negative_prompt_has_the_models_own():
+    card = image_card(default_negative_prompt=" ")
+
+    def negative_prompt(card=card, **body):
+        [drawing] = resolved(card, **body).drawings
+        return drawing.request.negative_prompt
+
+    assert negative_prompt() == " "
+    assert negative_prompt(negative_prompt="blurry") == "blurry"
+    assert negative_prompt(CARD) is None
+
+
 def test_true_cfg_scale_is_the_pipelines_own_argument_or_else_guidance():
     own = image_card(parameters={"true_cfg_scale": "float"})
     [drawing] = resolved(own, true_cfg_scale=3, guidance_scale=1).drawings

@@ -50,6 +50,28 @@ def test_a_clip_has_the_models_own_number_of_frames_where_none_is_named(family_f
     assert sizes_drawn(studio) == [(32, 32, 9), (32, 32, 5), (48, 32, 9)]
 
 
+def test_a_model_that_is_guided_by_a_negative_prompt_alone_has_one_of_its_own(family_folder, tmp_path):
+    studio = small(Studio(family_folder("qwen-image"), tmp_path), default_width=64, default_height=64)
+    assert studio.card.default_negative_prompt == " "
+    calls = counted(studio, "transformer")
+    with torch.inference_mode():
+        warm_up(studio.worker)
+    assert len(calls) >= 2 * WARM_UP_STEPS, "the half without the prompt was left out"
+
+
+def counted(studio: Studio, name: str) -> list[None]:
+    calls: list[None] = []
+    module = studio.served.modules[name]
+    run = module.run
+
+    def noted(*args, **kwargs):
+        calls.append(None)
+        return run(*args, **kwargs)
+
+    module.run = noted
+    return calls
+
+
 @pytest.mark.parametrize(
     ("size", "reason"), [("65x64", "draws multiples of"), ("64x64x5", "draws pictures, not clips")]
 )

@@ -39,6 +39,7 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     default_guidance: float | None = None
     takes_guidance: bool = True
     takes_negative_prompt: bool = True
+    default_negative_prompt: str | None = None
     max_input_images: int = 0
     takes_mask: bool = False  # edits may be bound to a part of the first picture
     takes_strength: bool = False  # pictures (or clips) may be drawn anew from a strength

@@ -105,6 +105,7 @@ def derive_card(
         "default_guidance": family.guidance if family.guidance is not None else _default(parameters, guidance, None),
         "takes_guidance": guidance is not None,
         "takes_negative_prompt": "negative_prompt" in parameters,
+        "default_negative_prompt": family.negative_prompt,
         "max_input_images": _max_input_images(tasks, parameters),
         "takes_mask": media == "image" and (in_latents or "inpaint" in uses),
         "takes_strength": in_latents or bool({"redraw", "clip"} & uses),

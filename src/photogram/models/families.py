@@ -34,6 +34,7 @@ class FamilyDefaults:
     height: int | None = None
     steps: int | None = None
     guidance: float | None = None
+    negative_prompt: str | None = None  # of requests that name none, where the pipeline guides by no other
     frames: int | None = None
     fps: int | None = None
     max_frames: int | None = None
@@ -57,9 +58,9 @@ DEFAULTS: Mapping[str, FamilyDefaults] = {
     "FluxKontextPipeline": FamilyDefaults(width=1024, height=1024, steps=28, guidance=2.5),
     "Flux2Pipeline": FamilyDefaults(width=1024, height=1024, steps=50, guidance=4.0),
     "Flux2KleinPipeline": FamilyDefaults(width=1024, height=1024, steps=4, guidance=1.0),
-    "QwenImagePipeline": FamilyDefaults(width=1328, height=1328, steps=50, guidance=4.0),
-    "QwenImageEditPipeline": FamilyDefaults(width=1024, height=1024, steps=50, guidance=4.0),
-    "QwenImageEditPlusPipeline": FamilyDefaults(width=1024, height=1024, steps=40, guidance=4.0),
+    "QwenImagePipeline": FamilyDefaults(width=1328, height=1328, steps=50, guidance=4.0, negative_prompt=" "),
+    "QwenImageEditPipeline": FamilyDefaults(width=1024, height=1024, steps=50, guidance=4.0, negative_prompt=" "),
+    "QwenImageEditPlusPipeline": FamilyDefaults(width=1024, height=1024, steps=40, guidance=4.0, negative_prompt=" "),
     "ZImagePipeline": FamilyDefaults(width=1024, height=1024, steps=9, guidance=0.0),
     "SanaPipeline": FamilyDefaults(width=1024, height=1024, steps=20, guidance=4.5),
     "LTXPipeline": _LTX,

@@ -387,6 +387,8 @@ def _conditioning(
     if negative_prompt is not None and not card.takes_negative_prompt:
         ignored.append("negative_prompt")
         negative_prompt = None
+    if negative_prompt is None:
+        negative_prompt = card.default_negative_prompt
     guidance_scale, true_cfg_scale = values.float("guidance_scale"), values.float("true_cfg_scale")
     if true_cfg_scale is not None:
         if "true_cfg_scale" in card.parameters:

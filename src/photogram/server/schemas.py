@@ -36,7 +36,12 @@ def image_fields(max_steps: int) -> tuple[Field, ...]:
         Field(name="size", kind="str", high=64, help="Width x height in pixels, such as 1024x1024, or auto."),
         Field(name="width", kind="int", low=1, help="Pixels; together with height, instead of size."),
         Field(name="height", kind="int", low=1, help="Pixels; together with width, instead of size."),
-        Field(name="negative_prompt", kind="str", high=MAX_TEXT, help="What the picture shall not show."),
+        Field(
+            name="negative_prompt",
+            kind="str",
+            high=MAX_TEXT,
+            help="What the picture shall not show; default: the model has its own, or none.",
+        ),
         Field(
             name="strength",
             kind="float",

@@ -65,6 +65,7 @@ def _draw(worker: Worker, width: int, height: int, frames: int | None) -> None:
         fps=card.default_fps,
         num_inference_steps=min(WARM_UP_STEPS, card.default_steps),
         guidance_scale=card.default_guidance,
+        negative_prompt=card.default_negative_prompt,
         seed=0,
         extra=card.defaults,
     )
