@@ -55,6 +55,7 @@ DEVICES: Mapping[str, tuple[int, int]] = {
 
 WORDS: Mapping[str, str] = {
     "text_encoder_cpu_offload": "text",
+    "text_encoder_layerwise_offload": "text layers",
     "vae_cpu_offload": "VAE",
     "vae_tiling": "tiles",
     "dit_cpu_offload": "denoiser",

@@ -19,6 +19,7 @@ def on_device(module: torch.nn.Module) -> bool:
         ("text_encoder_cpu_offload", ("text_encoder", "text_encoder_2")),
         ("vae_cpu_offload", ("vae",)),
         ("dit_layerwise_offload", ()),
+        ("text_encoder_layerwise_offload", ()),
         ("dit_cpu_offload", ()),
     ],
 )

@@ -7,8 +7,10 @@ import pytest
 
 from photogram.core.config import ServeConfig
 from photogram.core.errors import ConfigError
+from photogram.core.worker_config import Precisions
 from photogram.models.checkpoint import find_checkpoint
 from photogram.models.memory_report import plan_of
+from photogram.models.sizes import parts_of
 
 GB = 10**9
 NOWHERE = 10**15  # bytes of host memory that never run out
@@ -146,9 +148,9 @@ def chosen(found):
     [
         (make_flux, 80, set()),
         (make_flux, 48, set()),
-        (make_flux, 32, {"text_encoder_cpu_offload", "dit_cpu_offload"}),
+        (make_flux, 32, {"text_encoder_layerwise_offload"}),
         (make_flux, 24, {"dit_layerwise_offload"}),
-        (make_flux, 12, {"text_encoder_cpu_offload", "vae_cpu_offload", "dit_layerwise_offload"}),
+        (make_flux, 12, {"text_encoder_layerwise_offload", "dit_layerwise_offload"}),
         (make_wan_14b, 80, set()),
         (make_wan_14b, 48, {"text_encoder_cpu_offload"}),
         (make_wan_14b, 24, {"text_encoder_cpu_offload", "dit_layerwise_offload"}),
@@ -160,6 +162,26 @@ def test_the_cheapest_placement_that_fits_is_chosen(make, memory_gb, expected, t
     found = plan(make(tmp_path), memory_gb)
     assert found.plan.fits, found.plan.reasons
     assert chosen(found) == expected, found.plan.reasons
+
+
+def test_an_encoder_in_layers_takes_what_lies_outside_of_them_and_two_of_them(tmp_path):
+    folder = make_wan_14b(tmp_path)
+    layered = plan(folder, 80, text_encoder_layerwise_offload=True).plan
+    whole = plan(folder, 80).plan
+    assert whole.weights["encode"] - layered.weights["encode"] == 22 * 2 * 193_000_000
+
+
+def test_layers_of_encoders_are_found_where_their_classes_keep_them(tmp_path):
+    names = {
+        "encoder.block.0.layer.0.SelfAttention.q.weight": [8, 4],
+        "encoder.block.1.layer.0.SelfAttention.q.weight": [8, 4],
+        "encoder.block.1.layer.1.DenseReluDense.wi.weight": [16, 4],
+        "shared.weight": [32, 4],
+    }
+    write_weights(tmp_path / "text_encoder", names, "model.safetensors")
+    index = {"_class_name": "FluxPipeline", "text_encoder": ["transformers", "T5EncoderModel"]}
+    [part] = parts_of(tmp_path, index, variant=None, wanted=Precisions(), default="fp32")
+    assert (part.block_bytes, part.outside_bytes) == (4 * 96, 4 * 128)
 
 
 @pytest.mark.parametrize("make", [make_flux, make_wan_14b])
@@ -209,7 +231,7 @@ def test_what_host_memory_cannot_hold_does_not_wait_there(tmp_path):
 
 
 def test_what_fits_nowhere_says_so_with_its_sizes(tmp_path):
-    found = plan(make_flux(tmp_path), 4)
+    found = plan(make_flux(tmp_path), 2)
     assert not found.plan.fits
     text = "\n".join(found.plan.reasons)
     assert "does not fit" in text

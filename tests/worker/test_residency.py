@@ -162,16 +162,17 @@ def test_layers_that_come_in_one_by_one_compute_the_same_and_two_slots_hold_them
         ("text_encoder_cpu_offload", ["text_encoder", "text_encoder_2"]),
         ("vae_cpu_offload", ["vae"]),
         ("dit_cpu_offload", ["unet"]),
-        ("dit_layerwise_offload", []),
+        ("dit_layerwise_offload", ["transformer"]),
+        ("text_encoder_layerwise_offload", ["text_encoder", "text_encoder_2"]),
     ],
 )
 def test_offloaded_components_are_away_between_calls_and_pictures_stay_the_same(flag, parked, family_folder, tmp_path):
-    name = "stable-diffusion-xl" if flag != "dit_layerwise_offload" else "flux-1"
+    name = "flux-1" if "layerwise" in flag else "stable-diffusion-xl"
     request = requests_of(name)[0]
     expected = Studio(family_folder(name), tmp_path, max_batch_size=1).draw([request])[request.job_id]
     studio = Studio(family_folder(name), tmp_path, max_batch_size=1)
     modules = studio.served.modules
-    wanted = {key: modules[key] for key in parked} if parked else {"transformer": modules["transformer"]}
+    wanted = {key: modules[key] for key in parked}
     with torch.inference_mode():
         visitors = offload_to(Visitors(), wanted, Placement(**{flag: True}), CPU)
     brought_in: list[str] = []
@@ -182,11 +183,20 @@ def test_offloaded_components_are_away_between_calls_and_pictures_stay_the_same(
         assert drawn.failure is None
         # Not bit for bit: other addresses are aligned otherwise, and sums take another order.
         assert relative_error(drawn.latents, expected.latents) < 1e-4
-        assert all(is_away(modules[key].module) for key in parked if key != "unet")
+        for key in parked:
+            if flag.endswith("layerwise_offload"):
+                assert layers_of(modules[key].module)
+                assert all(is_away(layer) for layer in layers_of(modules[key].module))
+            elif key != "unet":
+                assert is_away(modules[key].module)
         if flag == "text_encoder_cpu_offload":
             # A prompt that was seen before does not wake the encoder.
             assert set(brought_in) == (set(parked) if turn == "first" else set())
         brought_in.clear()
+
+
+def layers_of(network: torch.nn.Module) -> list[torch.nn.Module]:
+    return [entry for part in network.modules() if isinstance(part, torch.nn.ModuleList) for entry in part]
 
 
 def test_an_offloaded_image_encoder_is_there_for_its_calls_only_and_not_for_a_picture_seen_before(

@@ -47,6 +47,9 @@ class ServeConfig:
     text_encoder_cpu_offload: bool | None = setting(
         None, "keep text encoders in host memory, on the device for their calls; default: where nothing else fits"
     )
+    text_encoder_layerwise_offload: bool | None = setting(
+        None, "keep the layers of text encoders in host memory, two at a time on the device; default: as above"
+    )
     image_encoder_cpu_offload: bool | None = setting(None, "the same for image encoders; default: as above")
     vae_cpu_offload: bool | None = setting(None, "the same for the VAE; default: as above")
     dit_cpu_offload: bool | None = setting(
@@ -189,8 +192,10 @@ class ServeConfig:
             raise ConfigError(f"--device '{self.device}': must be auto, cpu, cuda or cuda:N.")
         if self.enable_cfg_parallel and self.cfg_parallel == 1:
             raise ConfigError("--enable-cfg-parallel: says the same as --cfg-parallel 2, and --cfg-parallel is 1.")
-        if self.dit_cpu_offload and self.dit_layerwise_offload:
-            raise ConfigError("--dit-cpu-offload and --dit-layerwise-offload: choose one.")
+        for part in ("dit", "text-encoder"):
+            flags = [f"--{part}-{way}-offload" for way in ("cpu", "layerwise")]
+            if all(getattr(self, flag[2:].replace("-", "_")) for flag in flags):
+                raise ConfigError(f"{flags[0]} and {flags[1]}: choose one.")
         if self.degrees.world_size > 1 and (self.dit_cpu_offload or self.dit_layerwise_offload):
             raise ConfigError(f"--dit-cpu-offload, --dit-layerwise-offload: not with --num-gpus {self.num_gpus}.")
         if not self.cuda_graph_memory_gb > 0:

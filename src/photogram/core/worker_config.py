@@ -21,6 +21,7 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     text_encoder_cpu_offload: bool | None = None
+    text_encoder_layerwise_offload: bool | None = None
     image_encoder_cpu_offload: bool | None = None
     vae_cpu_offload: bool | None = None
     dit_cpu_offload: bool | None = None

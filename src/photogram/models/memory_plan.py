@@ -24,16 +24,22 @@ WORKSPACE_BYTES = 500_000_000
 USABLE_SHARE = 0.9
 
 # What a choice costs, in the order in which operators would make it: an encoder is called once for a prompt and never
-# for one seen before; tiles may show; a denoiser that comes and goes costs every job, one that passes by in layers
-# every step.
+# for one seen before, and in layers keeps some of the device; tiles may show; a denoiser that comes and goes costs
+# every job, one that passes by in layers every step.
 _COSTS: Mapping[str, float] = {
     "text_encoder_cpu_offload": 1.0,
+    "text_encoder_layerwise_offload": 1.25,
     "image_encoder_cpu_offload": 0.5,
     "vae_cpu_offload": 1.5,
     "vae_tiling": 3.0,
     "dit_cpu_offload": 8.0,
     "dit_layerwise_offload": 16.0,
 }
+
+_EITHER = (
+    ("dit_cpu_offload", "dit_layerwise_offload"),
+    ("text_encoder_cpu_offload", "text_encoder_layerwise_offload"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,11 +124,13 @@ def _placements(parts: Sequence[Part], asked: Placement, can_move_denoiser: bool
     kinds = {part.kind for part in parts}
     useful = {
         "text_encoder_cpu_offload": "text_encoder" in kinds,
+        "text_encoder_layerwise_offload": any(part.kind == "text_encoder" and part.block_bytes for part in parts),
         "image_encoder_cpu_offload": "image_encoder" in kinds,
         "vae_cpu_offload": "vae" in kinds,
         "vae_tiling": "vae" in kinds,
         "dit_cpu_offload": can_move_denoiser,
-        "dit_layerwise_offload": can_move_denoiser and any(part.block_bytes for part in parts),
+        "dit_layerwise_offload": can_move_denoiser
+        and any(part.kind == "denoiser" and part.block_bytes for part in parts),
     }
     choices = []
     for name in _COSTS:
@@ -130,7 +138,7 @@ def _placements(parts: Sequence[Part], asked: Placement, can_move_denoiser: bool
         choices.append((wanted,) if wanted is not None else (False, True) if useful[name] else (False,))
     for values in product(*choices):
         placement = msgspec.structs.replace(asked, **dict(zip(_COSTS, values, strict=True)))
-        if not (placement.dit_cpu_offload and placement.dit_layerwise_offload):
+        if not any(all(getattr(placement, way) for way in ways) for ways in _EITHER):
             yield placement
 
 
@@ -150,10 +158,18 @@ def _waits(part: Part, placement: Placement) -> bool:
     return bool(flags.get(part.kind))
 
 
+def _is_layered(part: Part, placement: Placement) -> bool:
+    """Say whether a component waits in host memory and comes layer by layer."""
+    flags = {
+        "denoiser": placement.dit_layerwise_offload,
+        "text_encoder": placement.text_encoder_layerwise_offload and part.block_bytes,
+    }
+    return bool(flags.get(part.kind))
+
+
 def _waiting_bytes(parts: Sequence[Part], placement: Placement) -> int:
     """Return what waits in host memory."""
-    layered = bool(placement.dit_layerwise_offload)
-    return sum(part.num_bytes for part in parts if _waits(part, placement) or (layered and part.kind == "denoiser"))
+    return sum(part.num_bytes for part in parts if _waits(part, placement) or _is_layered(part, placement))
 
 
 def _weights(parts: Sequence[Part], placement: Placement) -> dict[str, int]:
@@ -167,7 +183,7 @@ def _weights(parts: Sequence[Part], placement: Placement) -> dict[str, int]:
     for part in parts:
         if _waits(part, placement):
             visitors[part.kind] = max(visitors.get(part.kind, 0), part.num_bytes)
-        elif part.kind == "denoiser" and placement.dit_layerwise_offload:
+        elif _is_layered(part, placement):
             resident += part.layerwise_bytes
         else:
             resident += part.num_bytes

@@ -17,13 +17,15 @@ Kind = Literal["denoiser", "text_encoder", "image_encoder", "vae", "other"]
 
 BYTES_EACH: Mapping[str, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
 _FLOATING = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
+# Of encoders the lists of layers lie deeper than of denoisers.
 _BLOCK = re.compile(r"([A-Za-z_]\w*\.\d+)\.")
+_ENCODER_BLOCK = re.compile(r"((?:[A-Za-z_]\w*\.)+?\d+)\.")
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
     """One component of a pipeline as it will be loaded. `block_bytes` is its largest layer, and `outside_bytes` what
-    lies in none: of a denoiser that comes in layer by layer, two of the one and all of the other are on the device."""
+    lies in none: of a component that comes in layer by layer, two of the one and all of the other are on the device."""
 
     name: str
     kind: Kind
@@ -87,7 +89,7 @@ def parts_of(
             each = BYTES_EACH[precision] if stored.dtype in _FLOATING else STORED_BYTES.get(stored.dtype, 1)
             num_bytes = stored.count * each
             total += num_bytes
-            match = _BLOCK.match(tensor)
+            match = (_ENCODER_BLOCK if kind_of(name) == "text_encoder" else _BLOCK).match(tensor)
             if match is None:
                 outside += num_bytes
             else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from diffusers import DiffusionPipeline
@@ -14,6 +14,8 @@ from .modules import BigModule
 from .residency import Layerwise, Visitors
 
 logger = logging.getLogger(__name__)
+
+_DEEPEST = 4  # Qwen2.5-VL: model.language_model.layers
 
 
 def place(pipeline: DiffusionPipeline, placement: Placement, device: torch.device) -> None:
@@ -53,8 +55,9 @@ def offload_to(
     """Offload these components, whatever the device."""
     pin = placement.pin_cpu_memory
     for name, module in wanted.items():
-        if module.is_denoiser and placement.dit_layerwise_offload:
-            blocks = _blocks(module.module)
+        is_layered = placement.dit_layerwise_offload if module.is_denoiser else placement.text_encoder_layerwise_offload
+        blocks = _blocks(module) if is_layered and kind_of(name) in ("denoiser", "text_encoder") else []
+        if blocks:
             layers = Layerwise(module.module, blocks, device, pin=pin)
             if module.loras is not None:
                 module.loras.weights.wait_in(layers)
@@ -88,13 +91,22 @@ def is_offloaded(name: str, placement: Placement) -> bool:
     """Say whether the component of this name waits in host memory."""
     wanted = {
         "denoiser": placement.dit_cpu_offload or placement.dit_layerwise_offload,
-        "text_encoder": placement.text_encoder_cpu_offload,
+        "text_encoder": placement.text_encoder_cpu_offload or placement.text_encoder_layerwise_offload,
         "image_encoder": placement.image_encoder_cpu_offload,
         "vae": placement.vae_cpu_offload,
     }
     return bool(wanted.get(kind_of(name)))
 
 
-def _blocks(denoiser: torch.nn.Module) -> list[torch.nn.Module]:
-    """Return the layers of a denoiser in the order in which they run: the entries of its lists of modules."""
-    return [block for child in denoiser.children() if isinstance(child, torch.nn.ModuleList) for block in child]
+def _blocks(module: BigModule) -> list[torch.nn.Module]:
+    """Return the layers of a network in the order in which they run: the entries of its lists of modules, which in
+    encoders lie deeper."""
+    return list(_entries(module.module, 1 if module.is_denoiser else _DEEPEST))
+
+
+def _entries(network: torch.nn.Module, depth: int) -> Iterator[torch.nn.Module]:
+    for child in network.children():
+        if isinstance(child, torch.nn.ModuleList):
+            yield from child
+        elif depth > 1:
+            yield from _entries(child, depth - 1)

@@ -161,18 +161,18 @@ class Visitors:
 
 
 class Layerwise:
-    """A denoiser whose blocks pass through two slots on the device, the next one copied while this one computes.
+    """A network whose blocks pass through two slots on the device, the next one copied while this one computes.
 
     What is outside the blocks is on the device for good.
     """
 
     def __init__(
-        self, denoiser: torch.nn.Module, blocks: Sequence[torch.nn.Module], device: torch.device, *, pin: bool
+        self, network: torch.nn.Module, blocks: Sequence[torch.nn.Module], device: torch.device, *, pin: bool
     ) -> None:
         self._weights = [HostWeights([block], device, pin=pin) for block in blocks]
-        # Not `denoiser.to(device)`: for a while it would need the room of all blocks.
+        # Not `network.to(device)`: for a while it would need the room of all blocks.
         inside = {id(tensor) for block in blocks for tensor in _tensors_of(block)}
-        for tensor in _tensors_of(denoiser):
+        for tensor in _tensors_of(network):
             if id(tensor) not in inside:
                 tensor.data = tensor.data.to(device)
         self._device = device
@@ -189,7 +189,7 @@ class Layerwise:
 
     @contextmanager
     def changing(self) -> Iterator[None]:
-        """Let the denoiser's weights be changed inside, the blocks' in host memory; not to be entered during a call.
+        """Let the network's weights be changed inside, the blocks' in host memory; not to be entered during a call.
 
         What was fetched ahead is fetched again: it may be of before the change.
         """
