@@ -61,6 +61,7 @@ class BigModule:
         self.fp8: Fp8Linears | None = None  # where it can compute in fp8
         self.forget_elsewhere: Callable[[str], None] | None = None  # tells other ranks whose step caches to drop
         self.around_calls: Callable[[], AbstractContextManager[object]] = nullcontext
+        self.make_way: Callable[[], None] | None = None  # has other components leave the device before a call
         first = next(module.parameters(), None)
         self.dtype = first.dtype if first is not None and first.is_floating_point() else None
         for method in ENTRY_METHODS:
@@ -84,6 +85,8 @@ class BigModule:
         all graphs share their memory. It is the twin's, if there is one; else two calls wait for each other.
         """
         is_twins = beside and self.twin is not None
+        if self.make_way is not None and not beside:
+            self.make_way()
         with ExitStack() as stack:
             if not is_twins:
                 stack.enter_context(self.in_use)

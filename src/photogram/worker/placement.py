@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
+from functools import partial
 
 import torch
 from diffusers import DiffusionPipeline
@@ -46,7 +47,9 @@ def offload(modules: Mapping[str, BigModule], placement: Placement, device: torc
     if wanted and device.type == "cpu":
         logger.info("offloading %s has no effect on a CPU: its memory is the host's", ", ".join(sorted(wanted)))
         return visitors
-    return offload_to(visitors, wanted, placement, device)
+    offload_to(visitors, wanted, placement, device)
+    give_way(modules, visitors)
+    return visitors
 
 
 def offload_to(
@@ -74,6 +77,12 @@ def offload_to(
         where = "pinned host memory" if visitor.weights.is_pinned else "host memory"
         logger.info("%s: %.2f GB in %s, on the device for its calls", name, visitor.weights.num_bytes / 1e9, where)
     return visitors
+
+
+def give_way(modules: Mapping[str, BigModule], visitors: Visitors) -> None:
+    """Have those that came for their own calls leave once another network is called."""
+    for name, module in modules.items():
+        module.make_way = partial(visitors.make_way_for, name) if visitors.all else None
 
 
 def _let_its_device_be(network: torch.nn.Module, device: torch.device) -> None:

@@ -73,9 +73,10 @@ class HostWeights:
 class Visitor:
     """A component that is on the device for its calls only.
 
-    One that `stays` waits there until a visitor that needs the room arrives: a denoiser is called many times in a
-    row. The others leave after every call. `on_arrival` is run when the weights have come as they wait in host memory,
-    and may change them where they are then; what it raises sends them back.
+    One that `stays` waits there until a visitor that needs the room arrives: a denoiser is called at every step. The
+    others leave once any other component is called: a prompt and its negative prompt are encoded one after the other,
+    and so are the pictures of several jobs decoded. `on_arrival` is run when the weights have come as they wait in
+    host memory, and may change them where they are then; what it raises sends them back.
     """
 
     def __init__(
@@ -102,10 +103,12 @@ class Visitor:
         self._depth += 1
         try:
             yield
-        finally:
+        except BaseException:
             self._depth -= 1
             if not self.stays:
-                self.leave()
+                self.leave()  # what failed for want of memory leaves none taken
+            raise
+        self._depth -= 1
 
     def base(self, parameter: torch.Tensor) -> torch.Tensor:
         """Return what a parameter is before `on_arrival` changed it, in host memory."""
@@ -149,6 +152,12 @@ class Visitors:
         for other in self.all:
             if other is not visitor:
                 other.leave()
+
+    def make_way_for(self, name: str) -> None:
+        """A component is about to be called: those leave that have come for calls of their own."""
+        for visitor in self.all:
+            if visitor.name != name and not visitor.stays:
+                visitor.leave()
 
     def calls_of(self, visitor: Visitor, real: Callable[..., Any]) -> Callable[..., Any]:
         """Return `real` with the visitor's weights brought in around it."""
