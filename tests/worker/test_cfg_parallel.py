@@ -19,6 +19,7 @@ from .test_families_served import requests_of
 
 TOLERANCE = 1e-4  # of the latents' range, fp32
 STEPS = 4
+LOSSY_STEPS = 12  # enough to leave some out
 
 
 @dataclass
@@ -65,7 +66,8 @@ def on_one_and_more(
 def test_a_job_gets_the_bits_of_one_rank_in_half_the_passes(name, family_folder, tmp_path):
     first, second, third = guided(name)
     alone, together = [first], [second, third]
-    batches = [alone, alone, together, together]
+    lossy = [msgspec.structs.replace(first, num_inference_steps=LOSSY_STEPS, quality_mode="fast")]
+    batches = [alone, alone, together, together, lossy]
     one, two = on_one_and_more(name, family_folder, tmp_path, batches, num_gpus=2, cfg_parallel=2)
     for mine, theirs in zip(two[:2], one[:2], strict=True):
         assert torch.equal(mine.latents[first.job_id], theirs.latents[first.job_id])
@@ -76,6 +78,7 @@ def test_a_job_gets_the_bits_of_one_rank_in_half_the_passes(name, family_folder,
         for job_id, latents in theirs.latents.items():
             assert relative_error(mine.latents[job_id], latents) < TOLERANCE
     assert len(two[3].passes) == STEPS  # of two jobs each
+    assert len(two[4].passes) < len(one[4].passes) < 2 * LOSSY_STEPS
 
 
 @pytest.mark.long
