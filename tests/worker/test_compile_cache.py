@@ -14,6 +14,7 @@ from photogram.engine.worker_process import kept_in
 START = """
 import json, sys, time
 from pathlib import Path
+import msgspec
 import torch
 from torch._dynamo.utils import counters
 from photogram.core.config import ServeConfig
@@ -24,6 +25,8 @@ from photogram.worker.worker import Worker
 config = ServeConfig(model_path=sys.argv[1], device="cpu", compile=True).worker(Path(sys.argv[2]))
 with torch.inference_mode():
     served = load(config, lambda stage: None, lambda reason: None)
+    small = msgspec.structs.replace(served.card, default_width=32, default_height=32, default_frames=5)
+    object.__setattr__(served, "card", small)  # the model's own size is one for a GPU
     warm_up(Worker(served, config, lambda message: None, time.monotonic))
 print(json.dumps({name: counters["inductor"][name] for name in ("fxgraph_cache_miss", "fxgraph_cache_hit")}))
 """
