@@ -22,11 +22,12 @@ import diffusers
 import torch
 import transformers
 from diffusers import AutoencoderKL, AutoencoderKLFlux2, DiffusionPipeline
-from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3Model
+from transformers import Qwen3ForCausalLM, Qwen3Model
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
+from encoders import qwen3_4b
 from workloads import materialize, workloads
 
 from families import folder
@@ -41,19 +42,6 @@ from worker.drawing import Drawn, Studio, WatchedWorker
 FAMILIES = {"klein": "flux-2-klein", "z-image": "z-image"}
 STEPS = {"klein": 4, "z-image": 8}
 GUIDANCE = {"klein": 1.0, "z-image": 0.0}
-
-
-def qwen3_4b() -> Qwen3Config:
-    return Qwen3Config(
-        vocab_size=151936,
-        hidden_size=2560,
-        intermediate_size=9728,
-        num_hidden_layers=36,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=128,
-        tie_word_embeddings=True,
-    )
 
 
 def autoencoder() -> AutoencoderKL:

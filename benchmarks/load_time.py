@@ -44,7 +44,7 @@ def make_flux(path: Path) -> None:
     """Write a folder of FLUX.1-dev's configuration: 34 GB in bf16, drawn on the GPU."""
     import torch
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
-    from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+    from encoders import clip_l, t5_xxl
     from wan_video_end_to_end import normal_weights
 
     from families import tokenization
@@ -52,30 +52,7 @@ def make_flux(path: Path) -> None:
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda"):
         transformer = FluxTransformer2DModel(guidance_embeds=True)  # its defaults are the published ones
-        clip = CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=49408,
-                hidden_size=768,
-                intermediate_size=3072,
-                projection_dim=768,
-                num_hidden_layers=12,
-                num_attention_heads=12,
-            )
-        )
-        t5 = T5EncoderModel(
-            T5Config(
-                vocab_size=32128,
-                d_model=4096,
-                d_kv=64,
-                d_ff=10240,
-                num_layers=24,
-                num_heads=64,
-                feed_forward_proj="gated-gelu",
-                tie_word_embeddings=False,
-                is_encoder_decoder=False,
-                use_cache=False,
-            )
-        )
+        clip, t5 = clip_l(), t5_xxl()
         vae = AutoencoderKL(
             latent_channels=16,
             down_block_types=("DownEncoderBlock2D",) * 4,

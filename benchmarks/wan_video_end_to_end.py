@@ -35,7 +35,7 @@ import numpy as np
 import torch
 import transformers
 from diffusers import AutoencoderKLWan, DiffusionPipeline, WanPipeline, WanTransformer3DModel
-from transformers import UMT5Config, UMT5EncoderModel
+from encoders import umt5_xxl
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
@@ -73,20 +73,7 @@ def make_checkpoint(path: Path) -> None:
             freq_dim=256,
             rope_max_seq_len=1024,
         )
-        text_encoder = UMT5EncoderModel(
-            UMT5Config(
-                vocab_size=256384,
-                d_model=4096,
-                d_kv=64,
-                d_ff=10240,
-                num_layers=24,
-                num_heads=64,
-                feed_forward_proj="gated-gelu",
-                tie_word_embeddings=False,
-                is_encoder_decoder=False,
-                use_cache=False,
-            )
-        )
+        text_encoder = umt5_xxl()
         torch.set_default_dtype(torch.float32)
         vae = AutoencoderKLWan()  # 16 channels, base 96: its defaults are the published ones
     for module in (transformer, text_encoder, vae):

@@ -18,19 +18,16 @@ from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
+from benchmarks.encoders import clip_l, qwen3_4b, t5_xxl
 from benchmarks.workloads import wan, workloads
 from diffusers import AutoencoderKL, AutoencoderKLFlux2, AutoencoderKLQwenImage, AutoencoderKLWan, ModelMixin
 from transformers import (
     CLIPTextConfig,
-    CLIPTextModel,
     CLIPTextModelWithProjection,
     PreTrainedModel,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
-    Qwen3Config,
     Qwen3ForCausalLM,
-    T5Config,
-    T5EncoderModel,
 )
 
 from photogram.core.config import ServeConfig
@@ -72,19 +69,6 @@ class WellKnown:
     networks: Mapping[str, Callable[[], torch.nn.Module]]
 
 
-def _clip_l() -> torch.nn.Module:
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=49408,
-            hidden_size=768,
-            intermediate_size=3072,
-            projection_dim=768,
-            num_hidden_layers=12,
-            num_attention_heads=12,
-        )
-    )
-
-
 def _clip_g() -> torch.nn.Module:
     return CLIPTextModelWithProjection(
         CLIPTextConfig(
@@ -98,35 +82,8 @@ def _clip_g() -> torch.nn.Module:
     )
 
 
-def _t5() -> torch.nn.Module:
-    return T5EncoderModel(
-        T5Config(
-            vocab_size=32128,
-            d_model=4096,
-            d_kv=64,
-            d_ff=10240,
-            num_layers=24,
-            num_heads=64,
-            feed_forward_proj="gated-gelu",
-            tie_word_embeddings=False,
-            is_encoder_decoder=False,
-        )
-    )
-
-
 def _qwen3_4b() -> torch.nn.Module:
-    return Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=151936,
-            hidden_size=2560,
-            intermediate_size=9728,
-            num_hidden_layers=36,
-            num_attention_heads=32,
-            num_key_value_heads=8,
-            head_dim=128,
-            tie_word_embeddings=True,
-        )
-    )
+    return Qwen3ForCausalLM(qwen3_4b())
 
 
 def _qwen25_vl_7b() -> torch.nn.Module:
@@ -163,7 +120,7 @@ def well_known() -> tuple[WellKnown, ...]:
             "StableDiffusionXLPipeline",
             {
                 "unet": of["sdxl-1024"].make,
-                "text_encoder": _clip_l,
+                "text_encoder": clip_l,
                 "text_encoder_2": _clip_g,
                 "vae": lambda: _vae(4),
             },
@@ -191,8 +148,8 @@ def well_known() -> tuple[WellKnown, ...]:
             "FluxPipeline",
             {
                 "transformer": of["flux1-1024"].make,
-                "text_encoder": _clip_l,
-                "text_encoder_2": _t5,
+                "text_encoder": clip_l,
+                "text_encoder_2": t5_xxl,
                 "vae": lambda: _vae(16),
             },
         ),
